@@ -1,0 +1,70 @@
+"""fitrl: reinforcement learning of language models from inside Lightning.
+
+    trainer = fitrl.LocalTrainer(devices=1)
+    result = trainer.fit_rl(model, groups, learning_rate=5e-6)
+"""
+
+from fitrl.data.gather import gather
+from fitrl.data.groups import (
+    Completion,
+    ExceptionRecord,
+    History,
+    TokenHistory,
+    Trajectory,
+    TrajectoryGroup,
+)
+from fitrl.discovery import register_strategies
+from fitrl.errors import FitRLError
+from fitrl.objective.fused_linear import fused_linear_policy_loss
+from fitrl.objective.objective import CustomObjective, LossInputs, Objective, PolicyLoss, policy_loss
+from fitrl.policy.loading import LoraSettings
+from fitrl.policy.model import TrainableModel
+from fitrl.policy.module import AdamWSettings, PolicyModule
+from fitrl.protocols.results import LocalTrainResult, TrainResult
+from fitrl.protocols.verbs import ExportsWeights, PolicyTrainer, Scores, SupportsFitRL, Trains
+from fitrl.rollout.datamodule import RolloutDataModule
+from fitrl.rollout.rollout import Chat, rollout, rollout_async
+from fitrl.rollout.sampler import Sampler
+from fitrl.rollout.transformers import TransformersSampler
+from fitrl.trainers.base import RLTrainer
+from fitrl.trainers.local import LocalTrainer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdamWSettings",
+    "Chat",
+    "Completion",
+    "CustomObjective",
+    "ExceptionRecord",
+    "ExportsWeights",
+    "FitRLError",
+    "History",
+    "LocalTrainResult",
+    "LocalTrainer",
+    "LoraSettings",
+    "LossInputs",
+    "Objective",
+    "PolicyLoss",
+    "PolicyModule",
+    "PolicyTrainer",
+    "RLTrainer",
+    "RolloutDataModule",
+    "Sampler",
+    "Scores",
+    "SupportsFitRL",
+    "TokenHistory",
+    "TrainResult",
+    "TrainableModel",
+    "Trains",
+    "Trajectory",
+    "TrajectoryGroup",
+    "TransformersSampler",
+    "fused_linear_policy_loss",
+    "gather",
+    "policy_loss",
+    "rollout",
+    "rollout_async",
+]
+
+register_strategies()

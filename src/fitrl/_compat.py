@@ -1,0 +1,95 @@
+"""The only file that uses private Lightning names; `tests/test_compat.py` holds each one to its contract."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning
+from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.trainer import call
+from lightning.pytorch.trainer.states import TrainerFn
+
+# Strategy hook that connects Lightning's accelerator connector to a strategy's device
+registry = StrategyRegistry
+
+
+def attach(trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    """Set a module up for training without running an epoch: what `Trainer.fit` does before its loop."""
+    trainer.strategy._lightning_module = module
+    trainer.state.fn = TrainerFn.FITTING
+    trainer.training = True
+    trainer._data_connector.attach_data(module)
+    trainer.strategy.connect(module)
+    trainer._callback_connector._attach_model_logging_functions()
+    trainer.strategy.setup_environment()
+    call._call_configure_model(trainer)
+    trainer.strategy.setup(trainer)
+    trainer.training = False
+    trainer.state.fn = None
+
+
+def detach(trainer: lightning.Trainer) -> None:
+    """Forget the module that was attached."""
+    trainer.strategy._lightning_module = None
+    trainer.strategy.model = None
+    trainer.strategy._reset_optimizers_and_schedulers()
+    trainer.fit_loop._combined_loader = None
+    trainer.fit_loop._data_source.instance = None
+
+
+def set_global_step(trainer: lightning.Trainer, step: int) -> None:
+    """Make `trainer.global_step`, and the step that loggers see, `step`."""
+    progress = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step
+    progress.total.ready = step
+    progress.total.completed = step
+    trainer.fit_loop.epoch_loop._batches_that_stepped = step
+
+
+def advance_global_step(trainer: lightning.Trainer) -> None:
+    """Count one optimizer step that was taken outside of `fit`."""
+    set_global_step(trainer, trainer.global_step + 1)
+
+
+def allow_one_more_epoch(trainer: lightning.Trainer) -> None:
+    """Let the next `fit` run exactly one epoch, also after one that was cut short."""
+    progress = trainer.fit_loop.epoch_progress.current
+    progress.ready = progress.started = progress.completed = progress.processed
+    trainer.fit_loop.max_epochs = progress.processed + 1
+
+
+def epochs_processed(trainer: lightning.Trainer) -> int:
+    """Epochs that `fit` has run so far."""
+    return int(trainer.fit_loop.epoch_progress.current.processed)
+
+
+def hold_loggers(trainer: lightning.Trainer) -> None:
+    """Keep loggers open between calls: Lightning finalises them after each `fit`, which starts new event files."""
+    for logger in trainer.loggers:
+        if "finalize" not in vars(logger):
+            held: Any = logger
+            held.finalize = _Flush(logger)
+
+
+def release_loggers(trainer: lightning.Trainer) -> None:
+    """Finalise the loggers that were held."""
+    for logger in trainer.loggers:
+        if isinstance(vars(logger).get("finalize"), _Flush):
+            del vars(logger)["finalize"]
+            logger.finalize("success")
+
+
+class _Flush:
+    """Stands in for `finalize` while a session is open: writes what is pending, closes nothing."""
+
+    def __init__(self, logger: Logger) -> None:
+        self._logger = logger
+
+    def __call__(self, status: str) -> None:
+        if not isinstance(self._logger, CSVLogger) or self._logger._experiment is not None:
+            self._logger.save()
+
+
+def raw_optimizer(strategy: Any) -> Any:
+    """The strategy's only optimizer."""
+    return strategy.optimizers[0]

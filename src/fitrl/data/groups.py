@@ -1,0 +1,488 @@
+"""Trajectories and groups: what rollouts leave behind and `fit_rl` learns from.
+
+Glossary
+    message      a chat message as a dict: `{"role": ..., "content": ...}`, perhaps with `tool_calls`.
+    completion   one message sampled from the policy, with its token ids, logprobs and temperature.
+    history      one conversation: messages and completions in order.
+    trajectory   one attempt at a task: a main history, perhaps additional ones, and one reward.
+    group        trajectories of the same task, compared with each other.
+"""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Awaitable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from fitrl.errors import DataError
+
+Message: TypeAlias = dict[str, Any]
+Tool: TypeAlias = dict[str, Any]
+
+_TOKEN_ID_PREFIX = "token_id:"
+
+
+@runtime_checkable
+class OpenAIChoice(Protocol):
+    """The part of `openai.types.chat.chat_completion.Choice` that is read here."""
+
+    @property
+    def message(self) -> Any:
+        """The assistant's message."""
+
+    @property
+    def logprobs(self) -> Any:
+        """`ChoiceLogprobs` or None."""
+
+    @property
+    def finish_reason(self) -> Any:
+        """Why sampling ended."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One message sampled from the policy: what a sampler returns and a history keeps.
+
+    Attributes:
+        message: the message as chat code sees it, `{"role": "assistant", "content": ...}`.
+        token_ids: [T] the sampled ids, the end-of-turn id included; never re-tokenised. None when a
+            server gave token strings only (`token_bytes`).
+        token_bytes: [T] the bytes of each sampled token, from a server that tells no ids.
+        logprobs: [T] natural logarithm of each id's probability under the distribution it was sampled
+            from, temperature included. None when the server gave none.
+        temperature: sampling temperature; 0 is greedy and cannot be trained on.
+        prompt_ids: the ids that the completion was sampled after; None asks the chat template.
+        finish_reason: "stop", "length", "tool_calls", ...
+        version: policy version (optimizer steps) that sampled it.
+        full_support: False after top_p < 1 or top_k, which change the distribution's support.
+    """
+
+    message: Message
+    token_ids: tuple[int, ...] | None = None
+    token_bytes: tuple[bytes, ...] | None = None
+    logprobs: tuple[float, ...] | None = None
+    temperature: float | None = None
+    prompt_ids: tuple[int, ...] | None = None
+    finish_reason: str = "stop"
+    version: int = 0
+    full_support: bool = True
+
+    @property
+    def text(self) -> str:
+        """The message's text."""
+        return str(self.message.get("content") or "")
+
+    @classmethod
+    def from_choice(
+        cls, choice: OpenAIChoice, *, temperature: float | None = None, version: int = 0, full_support: bool = True
+    ) -> Completion:
+        """Read an OpenAI `Choice`; logprob tokens are `token_id:N` or token strings with their bytes.
+
+        Args:
+            choice: a choice of a chat completion asked with `logprobs=True`.
+            temperature: the request's temperature; the choice does not carry it.
+            version: policy version that the server answered with.
+            full_support: False when the request had top_p < 1 or top_k.
+        """
+        message = choice.message
+        as_dict = message.model_dump(exclude_none=True) if hasattr(message, "model_dump") else dict(message)
+        entries = getattr(choice.logprobs, "content", None) if choice.logprobs is not None else None
+        ids: tuple[int, ...] | None = None
+        raw: tuple[bytes, ...] | None = None
+        logprobs: tuple[float, ...] | None = None
+        if entries is not None:
+            logprobs = tuple(float(entry.logprob) for entry in entries)
+            if all(_is_token_id(entry.token) for entry in entries):
+                ids = tuple(int(entry.token.removeprefix(_TOKEN_ID_PREFIX)) for entry in entries)
+            else:
+                raw = tuple(
+                    bytes(entry.bytes) if getattr(entry, "bytes", None) is not None else entry.token.encode()
+                    for entry in entries
+                )
+        return cls(
+            message=as_dict,
+            token_ids=ids,
+            token_bytes=raw,
+            logprobs=logprobs,
+            temperature=temperature,
+            finish_reason=str(choice.finish_reason or "stop"),
+            version=version,
+            full_support=full_support,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form; a NaN logprob becomes null."""
+        return {
+            "message": self.message,
+            "token_ids": None if self.token_ids is None else list(self.token_ids),
+            "token_bytes": None if self.token_bytes is None else [list(raw) for raw in self.token_bytes],
+            "logprobs": None if self.logprobs is None else [_float_to_json(value) for value in self.logprobs],
+            "temperature": self.temperature,
+            "prompt_ids": None if self.prompt_ids is None else list(self.prompt_ids),
+            "finish_reason": self.finish_reason,
+            "version": self.version,
+            "full_support": self.full_support,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Completion:
+        """Inverse of `to_dict`."""
+        raw, logprobs = data["token_bytes"], data["logprobs"]
+        return cls(
+            message=data["message"],
+            token_ids=None if data["token_ids"] is None else tuple(data["token_ids"]),
+            token_bytes=None if raw is None else tuple(bytes(token) for token in raw),
+            logprobs=None if logprobs is None else tuple(_float_from_json(value) for value in logprobs),
+            temperature=data["temperature"],
+            prompt_ids=None if data["prompt_ids"] is None else tuple(data["prompt_ids"]),
+            finish_reason=data["finish_reason"],
+            version=data["version"],
+            full_support=data["full_support"],
+        )
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class TokenHistory:
+    """One history as the policy saw it, token by token; shifting to predictions happens in packing.
+
+    Attributes:
+        token_ids: [T] int64.
+        mask: [T] bool; True where the policy predicted the token and learns from it.
+        logprobs: [T] float32 rollout logprobs; NaN where there is none.
+        temperature: [T] float32 sampling temperature; 1 where nothing was sampled.
+        versions: [T] int64 policy version that sampled the token; -1 where nothing was sampled.
+        full_support: False if any token was sampled with top_p < 1 or top_k.
+    """
+
+    token_ids: Tensor
+    mask: Tensor
+    logprobs: Tensor
+    temperature: Tensor
+    versions: Tensor
+    full_support: bool = True
+
+    def __len__(self) -> int:
+        return self.token_ids.numel()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return {
+            "token_ids": self.token_ids.tolist(),
+            "mask": self.mask.tolist(),
+            "logprobs": [_float_to_json(value) for value in self.logprobs.tolist()],
+            "temperature": self.temperature.tolist(),
+            "versions": self.versions.tolist(),
+            "full_support": self.full_support,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> TokenHistory:
+        """Inverse of `to_dict`."""
+        return cls(
+            token_ids=torch.tensor(data["token_ids"], dtype=torch.int64),
+            mask=torch.tensor(data["mask"], dtype=torch.bool),
+            logprobs=torch.tensor([_float_from_json(value) for value in data["logprobs"]], dtype=torch.float32),
+            temperature=torch.tensor(data["temperature"], dtype=torch.float32),
+            versions=torch.tensor(data["versions"], dtype=torch.int64),
+            full_support=data["full_support"],
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class History:
+    """One conversation: messages and completions in order, and the tools that were offered."""
+
+    messages_and_choices: list[Message | Completion] = field(default_factory=list)
+    tools: list[Tool] | None = None
+    temperature: float | None = None
+
+    def __post_init__(self) -> None:
+        self.messages_and_choices = _read_messages(self.messages_and_choices, self.temperature)
+
+    def messages(self) -> list[Message]:
+        """The conversation as plain chat messages."""
+        return [item.message if isinstance(item, Completion) else item for item in self.messages_and_choices]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return {
+            "messages_and_choices": [_message_to_json(item) for item in self.messages_and_choices],
+            "tools": self.tools,
+            "temperature": self.temperature,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> History:
+        """Inverse of `to_dict`."""
+        return cls(
+            messages_and_choices=[_message_from_json(item) for item in data["messages_and_choices"]],
+            tools=data["tools"],
+            temperature=data["temperature"],
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExceptionRecord:
+    """A rollout that raised, kept with its group instead of lost."""
+
+    type: str
+    message: str
+    traceback: str
+
+    @classmethod
+    def from_exception(cls, exception: BaseException) -> ExceptionRecord:
+        """Record `exception` with its traceback as text."""
+        lines = traceback.format_exception(type(exception), exception, exception.__traceback__)
+        return cls(type=type(exception).__qualname__, message=str(exception), traceback="".join(lines))
+
+    def to_dict(self) -> dict[str, str]:
+        """JSON-ready form."""
+        return {"type": self.type, "message": self.message, "traceback": self.traceback}
+
+
+@dataclass(slots=True, kw_only=True)
+class Trajectory:
+    """One attempt at a task, with its reward.
+
+    Attributes:
+        messages_and_choices: the main history: chat messages as dicts, and what the policy said as
+            `Completion` or OpenAI `Choice` objects (read into completions at construction). Only
+            completions are trained on, unless `allow_training_without_logprobs=True`.
+        reward: how good the attempt was; compared within its group.
+        tools: tools offered to the model, as chat templates take them.
+        temperature: sampling temperature of the OpenAI choices, which do not carry it themselves.
+        additional_histories: further conversations of the same attempt (sub-agents, a compacted
+            context); trained with the same reward.
+        token_histories: the attempt as token ids, when it was made without chat messages; takes the
+            place of the conversations.
+        metrics: numbers to log; averaged over trajectories by `model.log`.
+        metadata: JSON values to keep.
+        logs: lines to keep.
+        exceptions: errors that the attempt survived.
+
+    Example:
+        >>> Trajectory(
+        ...     messages_and_choices=[{"role": "user", "content": "3+4="}, completion],
+        ...     reward=float(completion.text == "7"),
+        ... )  # doctest: +SKIP
+    """
+
+    messages_and_choices: list[Message | Completion] = field(default_factory=list)
+    reward: float = 0.0
+    tools: list[Tool] | None = None
+    temperature: float | None = None
+    additional_histories: list[History] = field(default_factory=list)
+    token_histories: list[TokenHistory] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    logs: list[str] = field(default_factory=list)
+    exceptions: list[ExceptionRecord] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.messages_and_choices = _read_messages(self.messages_and_choices, self.temperature)
+
+    def histories(self) -> list[History]:
+        """The main history and the additional ones."""
+        main = History(
+            messages_and_choices=self.messages_and_choices, tools=self.tools, temperature=self.temperature
+        )
+        return [main, *self.additional_histories] if self.messages_and_choices else list(self.additional_histories)
+
+    def messages(self) -> list[Message]:
+        """The main history as plain chat messages, ready to be sent to a model again."""
+        return [item.message if isinstance(item, Completion) else item for item in self.messages_and_choices]
+
+    def completions(self) -> list[Completion]:
+        """Everything that the policy said, over all histories."""
+        return [
+            item
+            for history in self.histories()
+            for item in history.messages_and_choices
+            if isinstance(item, Completion)
+        ]
+
+    @property
+    def policy_versions(self) -> tuple[int, int] | None:
+        """First and last policy version that sampled a token; None when nothing was sampled."""
+        versions = [completion.version for completion in self.completions()]
+        for history in self.token_histories:
+            versions += history.versions[history.versions >= 0].tolist()
+        return (min(versions), max(versions)) if versions else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return {
+            "messages_and_choices": [_message_to_json(item) for item in self.messages_and_choices],
+            "reward": self.reward,
+            "tools": self.tools,
+            "temperature": self.temperature,
+            "additional_histories": [history.to_dict() for history in self.additional_histories],
+            "token_histories": [history.to_dict() for history in self.token_histories],
+            "metrics": self.metrics,
+            "metadata": self.metadata,
+            "logs": self.logs,
+            "exceptions": [record.to_dict() for record in self.exceptions],
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Trajectory:
+        """Inverse of `to_dict`."""
+        return cls(
+            messages_and_choices=[_message_from_json(item) for item in data["messages_and_choices"]],
+            reward=data["reward"],
+            tools=data["tools"],
+            temperature=data["temperature"],
+            additional_histories=[History.from_dict(item) for item in data["additional_histories"]],
+            token_histories=[TokenHistory.from_dict(item) for item in data["token_histories"]],
+            metrics=data["metrics"],
+            metadata=data["metadata"],
+            logs=data["logs"],
+            exceptions=[ExceptionRecord(**item) for item in data["exceptions"]],
+        )
+
+    def to_json(self) -> str:
+        """One line of JSON, without loss."""
+        return _dump(self.to_dict(), "trajectory")
+
+    @classmethod
+    def from_json(cls, text: str) -> Trajectory:
+        """Inverse of `to_json`."""
+        return cls.from_dict(json.loads(text))
+
+
+class TrajectoryGroup:
+    """Trajectories of one task; advantages compare them with each other.
+
+    Args:
+        trajectories: the group's trajectories, or awaitables of them, which only `fitrl.gather` resolves.
+        metadata: JSON values to keep with the group.
+        metrics: numbers to log with the group.
+        logs: lines to keep.
+        exceptions: rollouts of the group that raised.
+    """
+
+    __slots__ = ("exceptions", "logs", "metadata", "metrics", "pending", "trajectories")
+
+    def __init__(
+        self,
+        trajectories: Iterable[Trajectory | Awaitable[Trajectory]] = (),
+        /,
+        *,
+        metadata: dict[str, Any] | None = None,
+        metrics: dict[str, float] | None = None,
+        logs: Iterable[str] = (),
+        exceptions: Iterable[ExceptionRecord] = (),
+    ) -> None:
+        self.trajectories: list[Trajectory] = []
+        self.pending: list[Awaitable[Trajectory]] = []
+        for item in trajectories:
+            if isinstance(item, Trajectory):
+                self.trajectories.append(item)
+            elif isinstance(item, Awaitable):
+                self.pending.append(item)
+            else:
+                raise DataError(
+                    f"a group takes trajectories or awaitables of them, got {type(item).__name__}: {item!r:.80}"
+                )
+        self.metadata = dict(metadata or {})
+        self.metrics = dict(metrics or {})
+        self.logs = list(logs)
+        self.exceptions = list(exceptions)
+
+    def __iter__(self) -> Iterator[Trajectory]:
+        return iter(self.trajectories)
+
+    def __len__(self) -> int:
+        return len(self.trajectories)
+
+    def __repr__(self) -> str:
+        waiting = f", {len(self.pending)} pending" if self.pending else ""
+        failed = f", {len(self.exceptions)} exceptions" if self.exceptions else ""
+        return f"TrajectoryGroup({len(self.trajectories)} trajectories{waiting}{failed})"
+
+    @property
+    def rewards(self) -> list[float]:
+        """One reward per trajectory."""
+        return [float(trajectory.reward) for trajectory in self.trajectories]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form; a group with pending trajectories has none."""
+        if self.pending:
+            raise DataError(f"{self!r} still has pending trajectories: await fitrl.gather([group]) first")
+        return {
+            "trajectories": [trajectory.to_dict() for trajectory in self.trajectories],
+            "metadata": self.metadata,
+            "metrics": self.metrics,
+            "logs": self.logs,
+            "exceptions": [record.to_dict() for record in self.exceptions],
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> TrajectoryGroup:
+        """Inverse of `to_dict`."""
+        return cls(
+            [Trajectory.from_dict(item) for item in data["trajectories"]],
+            metadata=data["metadata"],
+            metrics=data["metrics"],
+            logs=data["logs"],
+            exceptions=[ExceptionRecord(**item) for item in data["exceptions"]],
+        )
+
+    def to_json(self) -> str:
+        """One line of JSON, without loss; exceptions included."""
+        return _dump(self.to_dict(), "group")
+
+    @classmethod
+    def from_json(cls, text: str) -> TrajectoryGroup:
+        """Inverse of `to_json`."""
+        return cls.from_dict(json.loads(text))
+
+
+def _is_token_id(token: str) -> bool:
+    return token.startswith(_TOKEN_ID_PREFIX) and token.removeprefix(_TOKEN_ID_PREFIX).isdecimal()
+
+
+def _read_messages(items: Sequence[Any], temperature: float | None) -> list[Message | Completion]:
+    """Read OpenAI choices into completions; keep dicts and completions."""
+    read: list[Message | Completion] = []
+    for item in items:
+        if isinstance(item, dict | Completion):
+            read.append(item)
+        elif isinstance(item, OpenAIChoice):
+            read.append(Completion.from_choice(item, temperature=temperature))
+        else:
+            raise DataError(
+                f"a history takes message dicts, Completion or OpenAI Choice objects, got {type(item).__name__}"
+            )
+    return read
+
+
+def _message_to_json(item: Message | Completion) -> dict[str, Any]:
+    return {"completion": item.to_dict()} if isinstance(item, Completion) else {"message": item}
+
+
+def _message_from_json(item: dict[str, Any]) -> Message | Completion:
+    if "completion" in item:
+        return Completion.from_dict(item["completion"])
+    message: Message = item["message"]
+    return message
+
+
+def _float_to_json(value: float) -> float | None:
+    return None if value != value else value
+
+
+def _float_from_json(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def _dump(data: dict[str, Any], what: str) -> str:
+    try:
+        return json.dumps(data, separators=(",", ":"))
+    except TypeError as error:
+        raise DataError(f"this {what} holds a value that JSON cannot hold: {error}") from error

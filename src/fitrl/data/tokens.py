@@ -1,0 +1,304 @@
+"""From conversations to token ids: chat templates, sampled ids kept as they are, logprobs beside them.
+
+Enters: a `Trajectory` of messages and completions. Leaves: its `TokenHistory` list. Sampled ids are never
+re-tokenised. If a later turn was sampled after ids that do not extend the earlier ones (a template that drops
+reasoning, say), the history is split there and the split is counted.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import weakref
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fitrl.data.groups import Completion, History, Message, TokenHistory, Tool, Trajectory
+from fitrl.errors import DataError, TokenizationError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# log_softmax in low precision can end a little above zero; more than this is not a logarithm of a probability
+_LOGPROB_TOLERANCE = 1e-3
+
+
+@dataclass(slots=True)
+class Tokenized:
+    """A trajectory as token ids, and how often one of its histories had to be split."""
+
+    histories: list[TokenHistory]
+    num_splits: int = 0
+
+    def __len__(self) -> int:
+        return sum(len(history) for history in self.histories)
+
+
+def tokenize(
+    trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase, *, train_unsampled: bool = False
+) -> Tokenized:
+    """Turn a trajectory into token histories.
+
+    Args:
+        trajectory: messages and completions; `token_histories`, where given, are taken as they are.
+        tokenizer: the policy's; needs a chat template unless every completion carries `prompt_ids`.
+        train_unsampled: also learn from assistant messages that come as plain dicts, and accept
+            completions without logprobs. Their logprobs are NaN.
+
+    Raises:
+        DataError: logprobs missing, NaN, positive or of wrong length; temperature missing or 0; nothing
+            that the policy said.
+        TokenizationError: no chat template, or token strings that fit no id or several.
+    """
+    if trajectory.token_histories:
+        tokenized = Tokenized(list(trajectory.token_histories))
+    else:
+        tokenized = Tokenized([])
+        for history in trajectory.histories():
+            segments = _tokenize_history(history, tokenizer, train_unsampled)
+            tokenized.histories += segments
+            tokenized.num_splits += max(len(segments) - 1, 0)
+    for segment in tokenized.histories:
+        _check(segment, need_logprobs=not train_unsampled)
+    if not tokenized.histories:
+        raise DataError(
+            "a trajectory holds no token sampled by the policy: put fitrl.Completion or OpenAI Choice objects into "
+            "messages_and_choices, or pass allow_training_without_logprobs=True to learn from assistant messages"
+        )
+    return tokenized
+
+
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[Tool] | None = None
+) -> list[int]:
+    """Token ids of a conversation that the assistant is about to continue."""
+    return _render(tokenizer, messages, tools, add_generation_prompt=True)
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[Tool] | None, *, add_generation_prompt: bool
+) -> list[int]:
+    _require_template(tokenizer)
+    ids = tokenizer.apply_chat_template(
+        messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
+    )
+    return list(ids)  # type: ignore[arg-type]
+
+
+def _require_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    if not tokenizer.chat_template:
+        raise TokenizationError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no chat template: set tokenizer.chat_template, use an "
+            "instruction-tuned base_model, or give every Completion its prompt_ids"
+        )
+
+
+@dataclass(slots=True)
+class _Segment:
+    """Columns of a token history under construction."""
+
+    token_ids: list[int] = field(default_factory=list)
+    mask: list[bool] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    temperature: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    full_support: bool = True
+
+    def context(self, ids: list[int]) -> None:
+        """Append ids that the policy read."""
+        self.token_ids += ids
+        self.mask += [False] * len(ids)
+        self.logprobs += [math.nan] * len(ids)
+        self.temperature += [1.0] * len(ids)
+        self.versions += [-1] * len(ids)
+
+    def sampled(self, ids: list[int], logprobs: list[float], temperature: float, version: int) -> None:
+        """Append ids that the policy said."""
+        self.token_ids += ids
+        self.mask += [True] * len(ids)
+        self.logprobs += logprobs
+        self.temperature += [temperature] * len(ids)
+        self.versions += [version] * len(ids)
+
+    def finish(self) -> TokenHistory:
+        return TokenHistory(
+            token_ids=torch.tensor(self.token_ids, dtype=torch.int64),
+            mask=torch.tensor(self.mask, dtype=torch.bool),
+            logprobs=torch.tensor(self.logprobs, dtype=torch.float32),
+            temperature=torch.tensor(self.temperature, dtype=torch.float32),
+            versions=torch.tensor(self.versions, dtype=torch.int64),
+            full_support=self.full_support,
+        )
+
+
+def _tokenize_history(
+    history: History, tokenizer: PreTrainedTokenizerBase, train_unsampled: bool
+) -> list[TokenHistory]:
+    messages = history.messages()
+    segments: list[_Segment] = []
+    for index, item in enumerate(history.messages_and_choices):
+        if isinstance(item, Completion):
+            prompt = (
+                list(item.prompt_ids)
+                if item.prompt_ids is not None
+                else render_prompt(tokenizer, messages[:index], history.tools)
+            )
+            ids, logprobs = _sampled(item, tokenizer, train_unsampled)
+            temperature, version, full_support = _temperature(item), item.version, item.full_support
+        elif train_unsampled and item.get("role") == "assistant":
+            prompt = render_prompt(tokenizer, messages[:index], history.tools)
+            ids = _assistant_ids(tokenizer, messages[: index + 1], history.tools, prompt)
+            logprobs = [math.nan] * len(ids)
+            temperature, version, full_support = 1.0, -1, True
+        else:
+            continue
+        if not segments or prompt[: len(segments[-1].token_ids)] != segments[-1].token_ids:
+            segments.append(_Segment())
+        segment = segments[-1]
+        segment.context(prompt[len(segment.token_ids) :])
+        segment.sampled(ids, logprobs, temperature, version)
+        segment.full_support &= full_support
+    return [segment.finish() for segment in segments]
+
+
+def _sampled(
+    completion: Completion, tokenizer: PreTrainedTokenizerBase, train_unsampled: bool
+) -> tuple[list[int], list[float]]:
+    if completion.token_ids is not None:
+        ids = list(completion.token_ids)
+    elif completion.token_bytes is not None:
+        ids = [_id_of(raw, tokenizer) for raw in completion.token_bytes]
+    elif train_unsampled:
+        ids = tokenizer.encode(completion.text, add_special_tokens=False)
+        if tokenizer.eos_token_id is not None and completion.finish_reason == "stop":
+            ids.append(tokenizer.eos_token_id)
+    else:
+        raise DataError(
+            f"a completion has neither token ids nor logprobs ({completion.text[:60]!r}): ask the server for "
+            "logprobs=True, or pass allow_training_without_logprobs=True"
+        )
+    if completion.logprobs is None:
+        if not train_unsampled:
+            raise DataError(
+                f"a completion has no logprobs ({completion.text[:60]!r}): ask the sampler for them, or pass "
+                "allow_training_without_logprobs=True"
+            )
+        return ids, [math.nan] * len(ids)
+    if len(completion.logprobs) != len(ids):
+        raise DataError(
+            f"a completion has {len(ids)} token ids but {len(completion.logprobs)} logprobs ({completion.text[:60]!r})"
+        )
+    return ids, list(completion.logprobs)
+
+
+def _temperature(completion: Completion) -> float:
+    if completion.temperature is None:
+        raise DataError(
+            f"a completion does not say its sampling temperature ({completion.text[:60]!r}): OpenAI choices do not "
+            "carry it, so pass Trajectory(temperature=...) or Completion.from_choice(..., temperature=...)"
+        )
+    return completion.temperature
+
+
+def _assistant_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[Tool] | None, prompt: list[int]
+) -> list[int]:
+    """Ids of the last assistant message: by the template's generation marks, else whatever follows the prompt."""
+    template = tokenizer.chat_template
+    if isinstance(template, str) and re.search(r"\{%-?\s*generation", template):
+        rendered: Any = tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        full = list(rendered["input_ids"])
+        marked = [i for i, flag in enumerate(rendered["assistant_masks"]) if flag and i >= len(prompt)]
+        full = full[: marked[-1] + 1] if marked else full
+    else:
+        full = _render(tokenizer, messages, tools, add_generation_prompt=False)
+    if full[: len(prompt)] != prompt or len(full) == len(prompt):
+        raise TokenizationError(
+            "the chat template renders an assistant message differently from its generation prompt, so its tokens "
+            "cannot be told apart; sample it with a sampler that returns token ids"
+        )
+    return full[len(prompt) :]
+
+
+def _check(history: TokenHistory, *, need_logprobs: bool) -> None:
+    columns = {
+        "mask": history.mask,
+        "logprobs": history.logprobs,
+        "temperature": history.temperature,
+        "versions": history.versions,
+    }
+    for name, column in columns.items():
+        if column.shape != history.token_ids.shape:
+            raise DataError(
+                f"{name} has shape {tuple(column.shape)}, token_ids {tuple(history.token_ids.shape)}; both must be [T]"
+            )
+    if bool(history.mask[:1].any()):
+        raise DataError("the first token of a history cannot be trained on: nothing predicts it")
+    logprobs = history.logprobs[history.mask]
+    missing = logprobs.isnan()
+    if need_logprobs and bool(missing.any()):
+        raise DataError(
+            f"{int(missing.sum())} of {logprobs.numel()} sampled tokens have no logprob (NaN): ask the sampler for "
+            "logprobs, or pass allow_training_without_logprobs=True"
+        )
+    wrong = (logprobs > _LOGPROB_TOLERANCE) | logprobs.isinf()
+    if bool(wrong.any()):
+        raise DataError(
+            f"{float(logprobs[wrong][0])} is no logprob: the logarithm of a probability is finite and at most 0"
+        )
+    temperature = history.temperature[history.mask]
+    if bool((~(temperature > 0) | temperature.isinf()).any()):
+        raise DataError(
+            f"temperature {float(temperature.min())} cannot be trained on: a greedy choice has no probability to learn "
+            "from; sample with temperature > 0"
+        )
+
+
+# Token strings -> ids. One table per tokenizer, kept as long as the tokenizer lives.
+_TABLES: weakref.WeakKeyDictionary[Any, dict[bytes, list[int]]] = weakref.WeakKeyDictionary()
+
+
+def _id_of(raw: bytes, tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer not in _TABLES:
+        _TABLES[tokenizer] = _bytes_table(tokenizer)
+    ids = _TABLES[tokenizer].get(raw, [])
+    if len(ids) == 1:
+        return ids[0]
+    fault = f"fits {len(ids)} ids: {ids[:8]}" if ids else "is in no vocabulary entry"
+    raise TokenizationError(
+        f"the token string {raw!r} {fault}; ask the server for token ids (vLLM: return_tokens_as_token_ids=True)"
+    )
+
+
+def _bytes_table(tokenizer: PreTrainedTokenizerBase) -> dict[bytes, list[int]]:
+    """Vocabulary by the bytes of each entry; byte-level BPE, sentencepiece pieces and plain strings."""
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    byte_of = _byte_level_alphabet()
+    byte_level = "Ġ" in vocabulary or "Ċ" in vocabulary
+    table: dict[bytes, list[int]] = {}
+    for piece, token_id in vocabulary.items():
+        if piece in added:
+            raw = piece.encode()
+        elif byte_level and all(char in byte_of for char in piece):
+            raw = bytes(byte_of[char] for char in piece)
+        elif match := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece):
+            raw = bytes([int(match[1], 16)])
+        else:
+            raw = piece.replace("\u2581", " ").encode()
+        table.setdefault(raw, []).append(token_id)
+    return table
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The printable character that stands for each byte in byte-level BPE vocabularies.
+
+    Printable Latin-1 bytes stand for themselves; the others, in order, take the characters from U+0100 on.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}

@@ -1,0 +1,293 @@
+"""From a base model's name to a policy in memory: weights, tokenizer, adapters, and what its head allows.
+
+Enters: a hub id, a local folder, a GGUF file or "tiny". Leaves: a `Policy`. Weights are float32, because an
+RL-sized update is lost in bfloat16 weights; Lightning's `precision` decides what is computed in what.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fitrl.errors import InvalidArgumentError, MissingDependencyError, ModelNotFoundError
+from fitrl.objective.fused_linear import linear_logits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
+_PROBE_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraSettings:
+    """Low-rank adapters (Hu et al. 2021) on the base model's frozen weights.
+
+    Attributes:
+        rank: rank of each adapter.
+        alpha: adapters are scaled by alpha / rank.
+        target_modules: names of the layers to adapt; "all-linear" is every linear layer but the output head.
+        seed: of the adapters' random half; the other half is 0, so that the policy starts as the base model.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise InvalidArgumentError(f"LoraSettings.rank must be at least 1, got {self.rank}")
+        if not self.alpha > 0:
+            raise InvalidArgumentError(f"LoraSettings.alpha must be greater than 0, got {self.alpha}")
+
+
+@dataclass(slots=True, kw_only=True)
+class Policy:
+    """A causal language model in memory.
+
+    Attributes:
+        network: the transformers model, or the PEFT model around it.
+        tokenizer: its tokenizer.
+        has_linear_head: whether logits are exactly `head(last hidden state)` with a plain linear head, so that
+            the loss can be computed by tiles of rows; found out by comparing both ways once.
+        can_pack: whether several sequences in one row stay apart; found out the same way.
+        softcap: soft cap of the final logits, or None.
+    """
+
+    network: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    has_linear_head: bool = False
+    can_pack: bool = False
+    softcap: float | None = None
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The transformers model, adapters inside."""
+        network: Any = self.network
+        return network.get_base_model() if is_peft(network) else network  # type: ignore[no-any-return]
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether only adapters are trained."""
+        return is_peft(self.network)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states."""
+        return int(self.causal_lm.config.get_text_config().hidden_size)
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return int(self.causal_lm.config.get_text_config().num_hidden_layers)
+
+    @property
+    def context_length(self) -> int | None:
+        """Longest sequence the model was made for, in tokens."""
+        length = getattr(self.causal_lm.config.get_text_config(), "max_position_embeddings", None)
+        return int(length) if length else None
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Token ids that end a completion."""
+        configured = self.causal_lm.generation_config.eos_token_id if self.causal_lm.generation_config else None
+        found = {self.tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
+        return frozenset(token for token in found if isinstance(token, int))
+
+    @property
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        """Weight [V, H] and bias of the output head."""
+        head: Any = self.causal_lm.get_output_embeddings()
+        return head.weight, head.bias
+
+    def hidden(self, input_ids: Tensor, position_ids: Tensor | None = None, **cache: Any) -> Any:
+        """Run the decoder layers; returns transformers' output with `last_hidden_state` [B, L, H]."""
+        return self.causal_lm.base_model(input_ids=input_ids, position_ids=position_ids, **({"use_cache": False} | cache))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits [T, V] of hidden states [T, H], for models with a linear head."""
+        weight, bias = self.head
+        return linear_logits(hidden, weight, bias=bias, softcap=self.softcap)
+
+    def full_logits(self, input_ids: Tensor, position_ids: Tensor | None = None, **cache: Any) -> Any:
+        """Run the whole model; returns transformers' output with `logits` [B, L, V]."""
+        network: Any = self.causal_lm
+        return network(input_ids=input_ids, position_ids=position_ids, **({"use_cache": False} | cache))
+
+
+def is_peft(network: nn.Module) -> bool:
+    """Whether the network is a PEFT model."""
+    return hasattr(network, "peft_config") and hasattr(network, "get_base_model")
+
+
+def load_tokenizer(base_model: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a base model.
+
+    Raises:
+        ModelNotFoundError: nothing by that name.
+    """
+    from transformers import AutoTokenizer
+
+    folder, options = _resolve(base_model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError) as error:
+        raise _not_found(base_model, error) from error
+    return tokenizer  # type: ignore[no-any-return]
+
+
+def load_policy(
+    base_model: str,
+    lora: LoraSettings | None = None,
+    *,
+    weights: Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Policy:
+    """Load a policy to CPU in float32, dropout off.
+
+    Args:
+        base_model: hub id, local folder, GGUF file or "tiny".
+        lora: adapters to train; None trains all weights.
+        weights: a checkpoint folder to take the weights from (all of them, or the adapters').
+        tokenizer: one that is loaded already.
+
+    Raises:
+        ModelNotFoundError: nothing by that name.
+    """
+    from transformers import AutoModelForCausalLM
+
+    is_adapter_folder = weights is not None and (weights / "adapter_config.json").is_file()
+    folder, options = _resolve(base_model) if weights is None or is_adapter_folder else (str(weights), {})
+    try:
+        network: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    except (OSError, ValueError) as error:
+        raise _not_found(base_model, error) from error
+    if is_adapter_folder:
+        from peft import PeftModel
+
+        network = PeftModel.from_pretrained(network, str(weights), is_trainable=lora is not None)
+    elif lora is not None:
+        network = _with_adapters(network, lora)
+    _disable_dropout(network)
+    policy = Policy(network=network, tokenizer=tokenizer or load_tokenizer(base_model))
+    text_config = policy.causal_lm.config.get_text_config()
+    policy.softcap = getattr(text_config, "final_logit_softcapping", None)
+    _probe(policy)
+    return policy
+
+
+def load_weights(policy: Policy, folder: Path) -> None:
+    """Read a checkpoint folder's weights into a live policy, exactly."""
+    from safetensors.torch import load_file
+
+    if policy.is_adapter:
+        from peft import set_peft_model_state_dict
+
+        result = set_peft_model_state_dict(policy.network, load_file(folder / "adapter_model.safetensors"))
+        missing: list[str] = []
+    else:
+        state: dict[str, Tensor] = {}
+        for file in sorted(folder.glob("model*.safetensors")):
+            state |= load_file(file)
+        result = policy.network.load_state_dict(state, strict=False)
+        tied = set(getattr(policy.network, "all_tied_weights_keys", {}) or {})
+        missing = [name for name in result.missing_keys if name not in tied]
+    if result.unexpected_keys or missing:
+        raise InvalidArgumentError(
+            f"{folder} holds other weights than the open model: missing {missing[:3]}, "
+            f"unexpected {list(result.unexpected_keys)[:3]}"
+        )
+
+
+def save_weights(policy: Policy, folder: Path) -> None:
+    """Write weights, configuration and tokenizer so that transformers and PEFT load the folder as it is."""
+    network: Any = policy.network
+    # "auto" would ask the model hub whether the vocabulary was resized
+    network.save_pretrained(folder, **({"save_embedding_layers": False} if policy.is_adapter else {}))
+    policy.tokenizer.save_pretrained(folder)
+
+
+def _resolve(base_model: str) -> tuple[str, dict[str, str]]:
+    """What `from_pretrained` takes for a base model."""
+    if base_model == "tiny":
+        return str(importlib.resources.files("fitrl.assets") / "tiny"), {}
+    path = Path(base_model).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelNotFoundError(f"base_model {base_model!r}: no such GGUF file")
+        try:
+            import gguf  # noqa: F401
+        except ImportError as error:
+            raise MissingDependencyError("reading a GGUF file needs pip install 'fitrl[gguf]'") from error
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        return str(path), {}
+    if path.is_absolute() or base_model.startswith((".", "~")):
+        raise ModelNotFoundError(f"base_model {base_model!r}: no such folder")
+    return base_model, {}
+
+
+def _not_found(base_model: str, error: Exception) -> ModelNotFoundError:
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return ModelNotFoundError(
+        f"base_model {base_model!r} cannot be loaded: it is neither 'tiny', nor a folder or GGUF file here, nor a hub id "
+        f"that can be reached ({first_line})"
+    )
+
+
+def _with_adapters(network: PreTrainedModel, lora: LoraSettings) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    config = LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM"
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(lora.seed)
+        return get_peft_model(network, config)
+
+
+def _disable_dropout(network: nn.Module) -> None:
+    """Set every dropout to 0: the sampler has none, and a ratio between the two would be noise."""
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+@torch.no_grad()
+def _probe(policy: Policy) -> None:
+    """Find out, on two short sequences, whether the head is plain and whether sequences in one row stay apart."""
+    network = policy.network
+    was_training = network.training
+    network.eval()
+    try:
+        device = next(network.parameters()).device
+        first, second = (torch.tensor([ids], device=device) for ids in ([1, 5, 3], [2, 4]))
+        alone = torch.cat([policy.full_logits(ids).logits[0].float() for ids in (first, second)])
+        head = policy.causal_lm.get_output_embeddings()
+        if type(head) is nn.Linear:
+            apart = torch.cat([policy.logits(policy.hidden(ids).last_hidden_state[0]) for ids in (first, second)])
+            policy.has_linear_head = _close(apart, alone)
+        positions = torch.tensor([[0, 1, 2, 0, 1]], device=device)
+        packed = policy.full_logits(torch.cat([first, second], dim=1), positions).logits[0].float()
+        policy.can_pack = _close(packed, alone)
+    finally:
+        network.train(was_training)
+    if not policy.has_linear_head:
+        _log.info("%s: logits are not a plain linear head, so whole logits are computed", type(network).__name__)
+    if not policy.can_pack:
+        _log.info("%s: sequences in one row are not kept apart, so batches are padded", type(network).__name__)
+
+
+def _close(left: Tensor, right: Tensor) -> bool:
+    return bool((left - right).abs().max() <= _PROBE_TOLERANCE * max(1.0, float(right.abs().max())))

@@ -1,0 +1,114 @@
+"""Metrics of a call: raw sums and maxima collected on the device, reduced once, ratios derived after that.
+
+Enters: the raw scalars of every microbatch and optimizer step. Leaves: `area/name` floats.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class RawTotals(Metric):
+    """Named raw scalars; a name that ends in `_max` is reduced by maximum, any other by sum.
+
+    Names are those of the first update after a reset, the same on every rank; their values lie in two vectors,
+    so that a reduction is two collectives however many there are.
+    """
+
+    full_state_update = False
+    sums: Tensor
+    maxima: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.names: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+        self.add_state("sums", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("maxima", torch.full((), -math.inf, dtype=torch.float64), dist_reduce_fx="max")
+
+    def update(self, values: Mapping[str, Tensor]) -> None:
+        """Add one microbatch's or step's scalars."""
+        if not any(self.names):
+            self.names = (
+                tuple(name for name in values if not name.endswith("_max")),
+                tuple(name for name in values if name.endswith("_max")),
+            )
+        summed, peaked = self.names
+        if summed:
+            self.sums = self.sums + torch.stack([values[name].double() for name in summed])
+        if peaked:
+            self.maxima = torch.maximum(self.maxima, torch.stack([values[name].double() for name in peaked]))
+
+    def compute(self) -> dict[str, float]:
+        """Everything as floats; one transfer to the host."""
+        summed, peaked = self.names
+        values = torch.cat([self.sums.reshape(-1), self.maxima.reshape(-1)]).tolist() if any(self.names) else []
+        return dict(zip(summed, values, strict=False)) | dict(zip(peaked, values[len(values) - len(peaked) :], strict=True))
+
+    def reset(self) -> None:
+        """Start the next call."""
+        super().reset()
+        self.names = ((), ())
+
+
+def mismatch(logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Raw sums that compare the trainer's logprobs [R] with the sampler's, over tokens that have both."""
+    known = mask & rollout_logprobs.isfinite()
+    p = torch.where(known, logprobs.detach(), 0.0).double()
+    o = torch.where(known, rollout_logprobs, 0.0).double()
+    x, y = torch.where(known, o.exp(), 0.0), torch.where(known, p.exp(), 0.0)
+    return {
+        "mismatch_count": known.sum(),
+        "mismatch_kl_sum": (o - p).sum(),
+        "mismatch_x": x.sum(),
+        "mismatch_y": y.sum(),
+        "mismatch_xx": (x * x).sum(),
+        "mismatch_yy": (y * y).sum(),
+        "mismatch_xy": (x * y).sum(),
+    }
+
+
+def derive(raw: Mapping[str, float]) -> dict[str, float]:
+    """Public metrics from reduced raw ones; only those whose inputs are there.
+
+    `ratio/ess` is the effective sample size `(sum r)^2 / sum r^2` divided by the number of tokens;
+    `mismatch/kl` the mean of o - p; `mismatch/prob_corr` Pearson's correlation of exp(o) and exp(p).
+    """
+    out: dict[str, float] = {}
+    steps = raw.get("step_count", 0.0)
+    if steps:
+        for part in ("train", "policy", "kl", "entropy"):
+            if f"loss_{part}" in raw:
+                out[f"loss/{part}"] = raw[f"loss_{part}"] / steps
+        out["loss/grad_norm"] = raw["grad_norm"] / steps
+        out["loss/learning_rate"] = raw["learning_rate"] / steps
+    tokens = raw.get("token_count", 0.0)
+    if tokens:
+        out["ratio/mean"] = raw["ratio_sum"] / tokens
+        out["ratio/max"] = raw["ratio_max"]
+        out["ratio/clip_fraction_low"] = raw["clip_low_count"] / tokens
+        out["ratio/clip_fraction_high"] = raw["clip_high_count"] / tokens
+        squares = raw["ratio_square_sum"]
+        out["ratio/ess"] = raw["ratio_sum"] ** 2 / squares / tokens if squares else 0.0
+    count = raw.get("mismatch_count", 0.0)
+    if count:
+        out["mismatch/kl"] = raw["mismatch_kl_sum"] / count
+        mean_x, mean_y = raw["mismatch_x"] / count, raw["mismatch_y"] / count
+        variance = (raw["mismatch_xx"] / count - mean_x**2) * (raw["mismatch_yy"] / count - mean_y**2)
+        covariance = raw["mismatch_xy"] / count - mean_x * mean_y
+        out["mismatch/prob_corr"] = covariance / math.sqrt(variance) if variance > 1e-24 else math.nan
+    known = set(_RAW_NAMES)
+    out |= {f"objective/{name}": value for name, value in raw.items() if name not in known}
+    return out
+
+
+_RAW_NAMES = (
+    *("loss_train", "loss_policy", "loss_kl", "loss_entropy", "step_count", "grad_norm", "learning_rate"),
+    *("token_count", "ratio_sum", "ratio_square_sum", "ratio_max", "clip_low_count", "clip_high_count"),
+    *("mismatch_count", "mismatch_kl_sum", "mismatch_x", "mismatch_y", "mismatch_xx", "mismatch_yy", "mismatch_xy"),
+)

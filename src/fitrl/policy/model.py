@@ -1,0 +1,157 @@
+"""`TrainableModel`: which policy, and where its run lives. Holds no weights; trainers and services do.
+
+A run folder is `<root>/<project>/<name>/`:
+    checkpoints/<step>/           what `fit_rl` saves, see `checkpoints.py`
+    history.jsonl                 one line per `log` call
+    trajectories/<split>/<step>.jsonl   one group per line, token ids and logprobs kept
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from lightning.pytorch.loggers import Logger
+
+from fitrl.data.groups import TrajectoryGroup
+from fitrl.errors import InvalidArgumentError
+from fitrl.policy.checkpoints import list_checkpoints
+from fitrl.policy.loading import LoraSettings
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class TrainableModel:
+    """A model to train: what it starts from, and the folder of its run.
+
+    The same (root, project, name) means the same run: a trainer that opens it resumes its newest checkpoint.
+
+    Args:
+        name: of the run; letters, digits, '.', '_' and '-'.
+        project: that the run belongs to.
+        base_model: a hub id, a local folder, a GGUF file, or "tiny", the bundled policy.
+        lora: adapters to train; None trains all weights.
+        root: folder of all projects.
+        loggers: Lightning loggers that `log` also writes to.
+
+    Raises:
+        InvalidArgumentError: a name that cannot be a folder.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        project: str,
+        base_model: str,
+        *,
+        lora: LoraSettings | None = LoraSettings(),  # noqa: B008 - frozen
+        root: str | Path | None = None,
+        loggers: Sequence[Logger] = (),
+    ) -> None:
+        for what, value in (("name", name), ("project", project)):
+            if not _NAME.fullmatch(value):
+                raise InvalidArgumentError(
+                    f"{what} must be letters, digits, '.', '_' and '-', starting with a letter or digit, got {value!r}"
+                )
+        if not base_model:
+            raise InvalidArgumentError("base_model must not be empty; 'tiny' is the bundled policy")
+        self.name = name
+        self.project = project
+        self.base_model = base_model
+        self.lora = lora
+        self.root = Path(root if root is not None else ".fitrl").expanduser().resolve()
+        self.loggers = tuple(loggers)
+        self.step = 0
+        newest = self.checkpoints()[-1:]
+        if newest:
+            self.step = int(json.loads((newest[0] / "fitrl.json").read_text())["step"])
+
+    def __repr__(self) -> str:
+        lora = "None" if self.lora is None else f"LoraSettings(rank={self.lora.rank})"
+        return (
+            f"TrainableModel(name={self.name!r}, project={self.project!r}, base_model={self.base_model!r}, "
+            f"lora={lora}, step={self.step})"
+        )
+
+    @property
+    def key(self) -> tuple[Path, str, str]:
+        """What makes two models the same run."""
+        return self.root, self.project, self.name
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder; made when something is first written."""
+        return self.root / self.project / self.name
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        """Folder of the run's checkpoints."""
+        return self.run_dir / "checkpoints"
+
+    def checkpoints(self) -> list[Path]:
+        """Whole checkpoints, oldest step first."""
+        return list_checkpoints(self.checkpoints_dir)
+
+    def log(
+        self,
+        groups: Iterable[TrajectoryGroup] = (),
+        *,
+        split: str = "train",
+        metrics: Mapping[str, float] | None = None,
+        step: int | None = None,
+    ) -> dict[str, float]:
+        """Append metrics to the run's history, keep the trajectories, and tell the loggers.
+
+        Args:
+            groups: trajectories to keep, logprobs included; their rewards and own metrics are averaged.
+            split: "train", "val", ...; names the trajectories' folder and prefixes the keys of other splits.
+            metrics: further numbers, a `TrainResult`'s say; they win over the averages of the same name.
+            step: policy version they belong to; None: the newest one that a trainer reported.
+
+        Returns:
+            The metrics as logged.
+
+        Raises:
+            InvalidArgumentError: a split that cannot be a folder.
+        """
+        if not _NAME.fullmatch(split):
+            raise InvalidArgumentError(f"split must be letters, digits, '.', '_' and '-', got {split!r}")
+        groups = list(groups)
+        at = self.step if step is None else step
+        numbers = _averages(groups) | dict(metrics or {})
+        if split != "train":
+            numbers = {f"{split}/{key}": value for key, value in numbers.items()}
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        if groups:
+            path = self.run_dir / "trajectories" / split / f"{at:04d}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                file.writelines(group.to_json() + "\n" for group in groups)
+        with (self.run_dir / "history.jsonl").open("a") as file:
+            file.write(json.dumps({"step": at, "split": split, "time": time.time(), "metrics": numbers}) + "\n")
+        for logger in self.loggers:
+            logger.log_metrics(numbers, step=at)
+        return numbers
+
+    def history(self) -> list[dict[str, object]]:
+        """Everything logged so far, oldest first: step, split, time, metrics."""
+        path = self.run_dir / "history.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def _averages(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
+    if not groups:
+        return {}
+    columns: dict[str, list[float]] = {}
+    for group in groups:
+        for key, value in group.metrics.items():
+            columns.setdefault(f"group/{key}", []).append(float(value))
+        for trajectory in group:
+            columns.setdefault("reward/mean", []).append(float(trajectory.reward))
+            for key, value in trajectory.metrics.items():
+                columns.setdefault(f"trajectory/{key}", []).append(float(value))
+    averages = {key: sum(values) / len(values) for key, values in columns.items()}
+    return averages | {"data/num_exceptions": float(sum(len(group.exceptions) for group in groups))}

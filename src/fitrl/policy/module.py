@@ -1,0 +1,343 @@
+"""`PolicyModule`: the LightningModule that holds the policy and the objective.
+
+Enters: `Batch` microbatches. Leaves: gradients of the objective, logprobs, metrics. It trains under `fit_rl`'s
+strategies and under a stock `lightning.Trainer` alike: it undoes Lightning's division by the accumulation and the
+mean over ranks, because the batch carries the global denominators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor, nn
+
+from fitrl.data.batch import Batch
+from fitrl.errors import InvalidArgumentError, UnsupportedError
+from fitrl.objective.fused_linear import fused_linear_policy_loss, linear_logprobs
+from fitrl.objective.objective import CustomObjective, LossInputs, Objective, PolicyLoss, policy_loss
+from fitrl.policy.loading import Policy, load_policy
+from fitrl.policy.metrics import RawTotals, derive, mismatch
+from fitrl.policy.model import TrainableModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdamWSettings:
+    """AdamW (Loshchilov and Hutter 2019) of a policy; the learning rate is an argument of `fit_rl`.
+
+    Attributes:
+        betas: decay of the two moments.
+        eps: added to the denominator.
+        weight_decay: 0, because a policy should stay near where it started, not near 0.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not all(0.0 <= beta < 1.0 for beta in self.betas) or self.eps <= 0 or self.weight_decay < 0:
+            raise InvalidArgumentError(f"AdamW needs betas in [0, 1), eps > 0 and weight_decay >= 0, got {self}")
+
+
+class PolicyModule(lightning.LightningModule):
+    """A policy and its objective.
+
+    Args:
+        model: what to train.
+        objective: the loss; None: `Objective()`, CISPO at token level.
+        learning_rate: of AdamW.
+        optimizer: the other settings of AdamW.
+        lr_schedule: factor on the learning rate, by optimizer steps taken.
+        compile: compile each decoder layer.
+        activation_checkpointing: keep only each decoder layer's input, and compute the rest again in backward.
+    """
+
+    def __init__(
+        self,
+        model: TrainableModel,
+        *,
+        objective: Objective | CustomObjective | None = None,
+        learning_rate: float = 5e-6,
+        optimizer: AdamWSettings = AdamWSettings(),  # noqa: B008 - frozen
+        lr_schedule: Callable[[int], float] | None = None,
+        compile: bool = False,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.objective: Objective | CustomObjective = Objective() if objective is None else objective
+        self.learning_rate = learning_rate
+        self.optimizer_settings = optimizer
+        self.lr_schedule = lr_schedule
+        self.logprob_chunk_size = 1024
+        self.reward_history: list[tuple[int, float]] = []
+        self.call_metrics: dict[str, float] = {}
+        self.host_metrics: dict[str, float] = {}
+        self._observed: list[dict[str, float]] = []
+        self.last_grad_norm: Tensor | None = None
+        self.last_loss: PolicyLoss | None = None
+        self.totals = RawTotals()
+        self.mismatch_totals = RawTotals()
+        self.step_totals = RawTotals()
+        self.network: nn.Module | None = None
+        self.placeholder: nn.Parameter | None = None
+        self._compile = compile
+        self._activation_checkpointing = activation_checkpointing
+        self._policy: Policy | None = None
+        self._reference: tuple[str, Policy] | None = None
+
+    # -- the policy ---------------------------------------------------------------------------------------------
+
+    @property
+    def policy(self) -> Policy:
+        """The live policy; loaded by `configure_model`."""
+        if self._policy is None:
+            raise UnsupportedError("the policy is not loaded yet: it is when a trainer sets the module up")
+        return self._policy
+
+    def configure_model(self) -> None:
+        """Load the policy once, however often Lightning asks; nothing where it lives on a service."""
+        if self._policy is not None:
+            return
+        if getattr(self.trainer.strategy, "policy_is_remote", False):
+            self.placeholder = nn.Parameter(torch.zeros(()))
+            return
+        policy = load_policy(self.model.base_model, self.model.lora)
+        network: Any = policy.network
+        if self._activation_checkpointing:
+            network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            if policy.is_adapter:
+                network.enable_input_require_grads()
+        if self._compile:
+            for layer in _decoder_layers(policy):
+                layer.compile(dynamic=True)
+        self._policy, self.network = policy, network
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The trained weights under the names of a saved checkpoint: all of them, or the adapters'."""
+        if self.policy.is_adapter:
+            from peft import get_peft_model_state_dict
+
+            state: Mapping[str, Tensor] = get_peft_model_state_dict(self.policy.network)
+        else:
+            state = self.policy.network.state_dict()
+        for name, tensor in state.items():
+            yield name, tensor.detach()
+
+    # -- loss and logprobs --------------------------------------------------------------------------------------
+
+    def compute_loss(self, batch: Batch, objective: Objective | CustomObjective | None = None) -> PolicyLoss:
+        """Loss of one microbatch under the objective in force, or another one."""
+        objective = self.objective if objective is None else objective
+        targets, policy = batch.loss_inputs, self.policy
+        common = {
+            "rollout_logprobs": targets.rollout_logprobs,
+            "reference_logprobs": targets.reference_logprobs,
+            "num_tokens": targets.num_tokens,
+            "num_sequences": targets.num_sequences,
+        }
+        if not isinstance(objective, Objective):
+            return objective(self._custom_inputs(batch, objective))
+        fixed = (targets.old_logprobs, targets.advantages, targets.mask, targets.trajectory_ids, objective)
+        if policy.has_linear_head:
+            weight, bias = policy.head
+            return fused_linear_policy_loss(
+                self._hidden_rows(batch),
+                weight,
+                targets.targets,
+                *fixed,
+                bias=bias,
+                temperature=targets.temperature,
+                softcap=policy.softcap,
+                exact_logits=True,
+                kl_mean=targets.kl_mean,
+                **common,
+            )
+        log_probs = self._logit_rows(batch).log_softmax(dim=1)
+        logprobs = log_probs.gather(1, targets.targets[:, None]).squeeze(1)
+        entropies = -(log_probs.exp() * log_probs).sum(dim=1) if objective.entropy_coef else None
+        result = policy_loss(logprobs, *fixed, entropies=entropies, kl_mean=targets.kl_mean, **common)
+        return PolicyLoss(loss=result.loss, metrics=result.metrics, logprobs=logprobs.detach())
+
+    def _custom_inputs(self, batch: Batch, objective: CustomObjective) -> LossInputs:
+        targets, policy = batch.loss_inputs, self.policy
+        extra: dict[str, Tensor | None] = {}
+        if objective.inputs == "logits":
+            extra["logits"] = self._logit_rows(batch)
+        elif objective.inputs == "logprobs":
+            extra["logprobs"] = self._logprob_rows(batch)
+        elif objective.inputs == "hidden" and policy.has_linear_head:
+            extra["hidden"] = self._hidden_rows(batch)
+            extra["weight"], extra["bias"] = policy.head
+        elif objective.inputs == "hidden":
+            raise UnsupportedError(
+                f"{type(policy.causal_lm).__name__} has no plain linear head, so an objective over hidden states would "
+                "be wrong; use inputs='logits' or 'logprobs'"
+            )
+        else:
+            raise InvalidArgumentError(
+                f"a custom objective's inputs must be 'logprobs', 'logits' or 'hidden', got {objective.inputs!r}"
+            )
+        return LossInputs(
+            targets=targets.targets,
+            old_logprobs=targets.old_logprobs,
+            advantages=targets.advantages,
+            mask=targets.mask,
+            trajectory_ids=targets.trajectory_ids,
+            temperature=targets.temperature,
+            num_tokens=targets.num_tokens,
+            num_sequences=targets.num_sequences,
+            rollout_logprobs=targets.rollout_logprobs,
+            reference_logprobs=targets.reference_logprobs,
+            **extra,
+        )
+
+    @torch.no_grad()
+    def score(self, batch: Batch, policy: Policy | None = None) -> Tensor:
+        """Float32 logprobs [R] of the batch's targets, no grad, `logprob_chunk_size` rows of logits at a time."""
+        return self._logprob_rows(batch, policy, rows_per_tile=self.logprob_chunk_size)
+
+    def reference_score(self, batch: Batch, reference: str) -> Tensor:
+        """Logprobs [R] of the batch's targets under the reference policy: "base", or a checkpoint folder."""
+        if reference == "base" and self.policy.is_adapter:
+            network: Any = self.network
+            with network.disable_adapter():
+                return self.score(batch)
+        if self._reference is None or self._reference[0] != reference:
+            policy = load_policy(
+                self.model.base_model,
+                weights=None if reference == "base" else Path(reference),
+                tokenizer=self.policy.tokenizer,
+            )
+            policy.network.requires_grad_(False).eval().to(self.device)
+            self._reference = (reference, policy)
+        return self.score(batch, self._reference[1])
+
+    def _hidden_rows(self, batch: Batch, policy: Policy | None = None) -> Tensor:
+        """Last hidden states [R, H] of the positions that predict a target."""
+        inputs = batch.model_inputs
+        hidden: Tensor = (policy or self.policy).hidden(inputs.input_ids, inputs.position_ids).last_hidden_state
+        return hidden.flatten(0, 1).index_select(0, batch.loss_inputs.rows)
+
+    def _logit_rows(self, batch: Batch, policy: Policy | None = None) -> Tensor:
+        """Logits [R, V] of the whole model, float32 (float64 stays), divided by the temperature."""
+        inputs, targets = batch.model_inputs, batch.loss_inputs
+        logits: Tensor = (policy or self.policy).full_logits(inputs.input_ids, inputs.position_ids).logits
+        rows = logits.flatten(0, 1).index_select(0, targets.rows)
+        rows = rows if rows.dtype == torch.float64 else rows.float()
+        return rows / targets.temperature[:, None]
+
+    def _logprob_rows(
+        self, batch: Batch, policy: Policy | None = None, *, rows_per_tile: int | None = None
+    ) -> Tensor:
+        policy = policy or self.policy
+        targets = batch.loss_inputs
+        if not policy.has_linear_head:
+            log_probs = self._logit_rows(batch, policy).log_softmax(dim=1)
+            return log_probs.gather(1, targets.targets[:, None]).squeeze(1)
+        weight, bias = policy.head
+        return linear_logprobs(
+            self._hidden_rows(batch, policy),
+            weight,
+            targets.targets,
+            bias=bias,
+            temperature=targets.temperature,
+            softcap=policy.softcap,
+            rows_per_tile=rows_per_tile,
+            exact_logits=True,
+        )[0]
+
+    def observe(self, metrics: dict[str, float]) -> None:
+        """Take host-side metrics of the running epoch; several are averaged."""
+        self._observed.append(metrics)
+        keys = dict.fromkeys(key for seen in self._observed for key in seen)
+        self.host_metrics = {}
+        for key in keys:
+            values = [seen[key] for seen in self._observed if key in seen]
+            self.host_metrics[key] = sum(values) / len(values)
+
+    # -- Lightning's hooks --------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Batch, batch_idx: int = 0) -> Tensor:
+        """The microbatch's share of the loss of the whole optimizer step, times what Lightning divides by later."""
+        result = self.compute_loss(batch)
+        self.totals.update(result.metrics)
+        if batch.measures_mismatch and result.logprobs is not None:
+            targets = batch.loss_inputs
+            self.mismatch_totals.update(mismatch(result.logprobs, targets.rollout_logprobs, targets.mask))
+        self.last_loss = result
+        return result.loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+
+    def validation_step(self, batch: Batch, batch_idx: int = 0) -> None:
+        """Log the objective's metrics on held-out trajectories, without learning from them."""
+        result = self.compute_loss(batch)
+        raw = {name: float(value) for name, value in result.metrics.items()}
+        zeros = {"step_count": 1.0, "grad_norm": 0.0, "learning_rate": 0.0}
+        metrics = {f"val/{key}": value for key, value in derive(raw | zeros).items() if not key.startswith("loss/grad")}
+        metrics.pop("val/loss/learning_rate", None)
+        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Measure the gradient before it is clipped."""
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self.last_grad_norm = torch.nn.utils.get_total_norm(grads)
+        rate = torch.tensor(float(optimizer.param_groups[0]["lr"]), dtype=torch.float64)
+        norm = self.last_grad_norm.detach()
+        self.step_totals.update(
+            {
+                "grad_norm": norm,
+                "learning_rate": rate.to(norm.device, non_blocking=True),
+                "step_count": torch.ones_like(norm),
+            }
+        )
+
+    def on_train_epoch_start(self) -> None:
+        """Forget the last call's raw metrics."""
+        for totals in (self.totals, self.mismatch_totals, self.step_totals):
+            totals.to(self.device)
+            totals.reset()
+
+    def on_train_epoch_end(self) -> None:
+        """Reduce the raw metrics, derive the public ones, log them."""
+        raw: dict[str, float] = {}
+        for totals in (self.totals, self.mismatch_totals, self.step_totals):
+            if any(totals.names):
+                raw |= totals.compute()
+        custom = not isinstance(self.objective, Objective)
+        exact = {} if custom else {"objective/exact": 1.0}
+        self.call_metrics = self.host_metrics | derive(raw) | exact
+        self._observed.clear()
+        # what the trainer logs is what was measured on the device, and the rewards, which callbacks monitor
+        self.log_dict(self.call_metrics, prog_bar=False, on_step=False, on_epoch=True)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW, and the schedule as a factor on its learning rate."""
+        settings = self.optimizer_settings
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            parameters,
+            lr=self.learning_rate,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+        )
+        schedule = self.lr_schedule or _constant
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _constant(step: int) -> float:
+    return 1.0
+
+
+def _decoder_layers(policy: Policy) -> list[nn.Module]:
+    """The longest list of modules in the network: its decoder layers."""
+    lists = [module for module in policy.causal_lm.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise UnsupportedError(f"{type(policy.causal_lm).__name__} has no list of decoder layers to compile")
+    return list(max(lists, key=len))

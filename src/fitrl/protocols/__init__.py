@@ -1,0 +1,1 @@
+"""What trainers can do, and what they return."""

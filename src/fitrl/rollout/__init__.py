@@ -1,0 +1,1 @@
+"""Sampling: the seam to inference, and loops over tasks."""

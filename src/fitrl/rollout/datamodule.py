@@ -1,0 +1,177 @@
+"""`RolloutDataModule`: rollouts as a Lightning data source, for `trainer.fit(PolicyModule(...), datamodule=...)`."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import lightning
+
+from fitrl.data.batch import Batch, pack
+from fitrl.data.groups import TrajectoryGroup
+from fitrl.data.samples import build_samples
+from fitrl.errors import DataError, InvalidArgumentError
+from fitrl.objective.objective import Objective
+from fitrl.policy.module import PolicyModule
+from fitrl.rollout.rollout import Agent, Reward, Task, rollout
+from fitrl.rollout.transformers import TransformersSampler
+
+_MAX_FLAT_DRAWS = 10
+
+
+class RolloutDataModule(lightning.LightningDataModule):
+    """Sample groups with the policy that is being trained, one set of tasks per optimizer step.
+
+    Each optimizer step draws `tasks_per_step` tasks, attempts each `group_size` times, and packs the trainable
+    trajectories into as many microbatches as the trainer accumulates.
+
+    Args:
+        tasks: to learn from, see `rollout`.
+        reward: `reward(task, trajectory) -> float`.
+        val_tasks: held-out tasks for validation; none: no validation.
+        tasks_per_step: tasks per optimizer step.
+        group_size: attempts per task.
+        steps_per_epoch: optimizer steps in a Lightning epoch.
+        agent: see `rollout`.
+        max_new_tokens: longest answer, in tokens.
+        temperature: sampling temperature.
+        scale_rewards: see `fit_rl`.
+        advantage_balance: see `fit_rl`.
+        seed: of the drawing of tasks.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        reward: Reward,
+        *,
+        val_tasks: Sequence[Task] = (),
+        tasks_per_step: int = 8,
+        group_size: int = 8,
+        steps_per_epoch: int = 10,
+        agent: Agent | None = None,
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        scale_rewards: bool = True,
+        advantage_balance: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not tasks:
+            raise InvalidArgumentError("tasks is empty: there is nothing to attempt")
+        for name, value in (
+            ("tasks_per_step", tasks_per_step),
+            ("group_size", group_size),
+            ("steps_per_epoch", steps_per_epoch),
+        ):
+            if value < 1:
+                raise InvalidArgumentError(f"{name} must be at least 1, got {value}")
+        self.tasks = list(tasks)
+        self.val_tasks = list(val_tasks)
+        self.reward = reward
+        self.tasks_per_step = min(tasks_per_step, len(tasks))
+        self.group_size = group_size
+        self.steps_per_epoch = steps_per_epoch
+        self.agent = agent
+        self.max_new_tokens = max_new_tokens
+        self.temperature = temperature
+        self.scale_rewards = scale_rewards
+        self.advantage_balance = advantage_balance
+        self.seed = seed
+
+    def train_dataloader(self) -> _Rollouts:
+        """Microbatches, sampled when they are asked for."""
+        return _Rollouts(self, self.tasks, self.steps_per_epoch, train=True)
+
+    def val_dataloader(self) -> Any:
+        """One batch of attempts at the held-out tasks; empty without them."""
+        return _Rollouts(self, self.val_tasks, 1, train=False) if self.val_tasks else []
+
+    def groups(self, tasks: Sequence[Task], step: int) -> list[TrajectoryGroup]:
+        """Attempt tasks with the policy as it is now."""
+        module = self._module()
+        assert self.trainer is not None  # a data source is asked by its trainer
+        sampler = TransformersSampler(
+            module.policy, version=step, context=self.trainer.strategy.precision_plugin.forward_context
+        )
+        return rollout(
+            sampler,
+            tasks,
+            reward=self.reward,
+            group_size=self.group_size,
+            agent=self.agent,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+        )
+
+    def batches(self, groups: Sequence[TrajectoryGroup], num_batches: int, *, train: bool) -> list[Batch]:
+        """Microbatches of groups; none when nothing in them can teach."""
+        module = self._module()
+        policy, objective = module.policy, module.objective
+        needless = isinstance(objective, Objective) and objective.teaches_without_advantage
+        samples = build_samples(
+            groups,
+            policy.tokenizer,
+            scale_rewards=self.scale_rewards,
+            advantage_balance=self.advantage_balance,
+            max_history_tokens=policy.context_length,
+            teaches_without_advantage=needless or not train,
+        )
+        prefix = "" if train else "val/"
+        module.observe({f"{prefix}{key}": value for key, value in samples.metrics.items()})
+        flat = [sample for group in samples.groups for sample in group]
+        if not flat:
+            return []
+        batches = pack(
+            flat,
+            num_batches=num_batches,
+            layout="auto" if policy.can_pack else "padded",
+            hidden_size=policy.hidden_size,
+            measures_mismatch=train,
+        )
+        return batches + [batches[0].filler() for _ in range(num_batches - len(batches))]
+
+    def _module(self) -> PolicyModule:
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        if not isinstance(module, PolicyModule):
+            raise DataError(f"RolloutDataModule samples with a PolicyModule, got {type(module).__name__}")
+        if isinstance(module.objective, Objective) and module.objective.kl_coef > 0:
+            raise InvalidArgumentError("RolloutDataModule computes no reference logprobs; use fit_rl for kl_coef > 0")
+        return module
+
+
+class _Rollouts:
+    """A sized, re-iterable loader that samples one optimizer step at a time."""
+
+    def __init__(self, data: RolloutDataModule, tasks: Sequence[Task], steps: int, *, train: bool) -> None:
+        self._data, self._tasks, self._steps, self._train = data, tasks, steps, train
+
+    @property
+    def _per_step(self) -> int:
+        trainer = self._data.trainer
+        return trainer.accumulate_grad_batches if self._train and trainer is not None else 1
+
+    def __len__(self) -> int:
+        return self._steps * self._per_step
+
+    def __iter__(self) -> Iterator[Batch]:
+        if not self._train:
+            yield from self._data.batches(self._data.groups(self._tasks, 0), 1, train=False)
+            return
+        for _ in range(self._steps):
+            yield from self._step()
+
+    def _step(self) -> list[Batch]:
+        data = self._data
+        assert data.trainer is not None
+        step = data.trainer.global_step
+        for draw in range(_MAX_FLAT_DRAWS):
+            chosen = random.Random(f"{data.seed}/{step}/{draw}").sample(self._tasks, data.tasks_per_step)
+            batches = data.batches(data.groups(chosen, step), self._per_step, train=True)
+            if batches:
+                return batches
+        raise DataError(
+            f"{_MAX_FLAT_DRAWS} draws of {data.tasks_per_step} tasks gave only groups whose rewards are all equal: the "
+            "tasks are too easy or too hard for this policy, or group_size is too small"
+        )

@@ -1,0 +1,259 @@
+"""`rollout`: tasks to groups, with any sampler, reward and agent."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import threading
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+from fitrl.data.gather import gather
+from fitrl.data.groups import Completion, Message, Tool, Trajectory, TrajectoryGroup
+from fitrl.data.tokens import render_prompt
+from fitrl.errors import DataError, InvalidArgumentError
+from fitrl.rollout.sampler import Sampler
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Task: TypeAlias = Any
+Reward: TypeAlias = Callable[[Any, Trajectory], "float | Awaitable[float]"]
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chat:
+    """A sampler with its settings, as agents see it: messages in, a completion out.
+
+    Attributes:
+        sampler: what answers.
+        max_new_tokens: longest answer, in tokens.
+        temperature: sampling temperature.
+        top_p: see `Sampler.sample`.
+        top_k: see `Sampler.sample`.
+        stop: see `Sampler.sample`.
+        seed: of this rollout; None: fresh.
+    """
+
+    sampler: Sampler
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+    async def __call__(
+        self, messages: Sequence[Message | Completion], *, tools: list[Tool] | None = None
+    ) -> Completion:
+        """Sample the assistant's next message.
+
+        Earlier completions keep their token ids: where the chat template extends them, the prompt is the ids that
+        the policy has seen and said, plus the new messages, so that all turns are one history.
+        """
+        turns = sum(isinstance(item, Completion) for item in messages)
+        [completion] = await self.sampler.sample(
+            prompt_ids(_tokenizer(self.sampler), messages, tools),
+            n=1,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            stop=self.stop,
+            seed=None if self.seed is None else self.seed + turns,
+        )
+        return completion
+
+
+Agent: TypeAlias = Callable[[Chat, Any], Awaitable[Trajectory]]
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message | Completion], tools: list[Tool] | None = None
+) -> list[int]:
+    """Token ids to sample the next message after; the last completion's own ids are kept if they can be.
+
+    They can be where the template renders that completion as its prompt, its text, and something that follows.
+    """
+    plain = [item.message if isinstance(item, Completion) else item for item in messages]
+    rendered = render_prompt(tokenizer, plain, tools)
+    said = [index for index, item in enumerate(messages) if isinstance(item, Completion)]
+    if not said:
+        return rendered
+    last = messages[said[-1]]
+    assert isinstance(last, Completion)
+    if last.token_ids is None or last.prompt_ids is None:
+        return rendered
+    seen = [*last.prompt_ids, *last.token_ids]
+    if rendered[: len(seen)] == seen:
+        return rendered
+    text = str(tokenizer.decode(rendered))
+    before = str(tokenizer.decode(seen))
+    if text.startswith(before):
+        return seen + tokenizer.encode(text[len(before) :], add_special_tokens=False)
+    return rendered
+
+
+def rollout(
+    sampler: Sampler,
+    tasks: Iterable[Task],
+    *,
+    reward: Reward,
+    group_size: int = 8,
+    agent: Agent | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int | None = None,
+    stop: Sequence[str] = (),
+    seed: int | None = None,
+    max_concurrency: int | None = None,
+    max_exceptions: int | float = 0,
+    progress: bool | str = False,
+) -> list[TrajectoryGroup]:
+    """Attempt each task `group_size` times and return one group per task.
+
+    Args:
+        sampler: what answers, `trainer.sampler(model)` say.
+        tasks: each a prompt string, a list of chat messages, a mapping with "messages" or "prompt", or anything
+            your `agent` understands.
+        reward: `reward(task, trajectory) -> float`, sync or async.
+        group_size: attempts per task.
+        agent: `await agent(chat, task) -> Trajectory`, for several turns, tools, environments; `chat(messages)`
+            samples the next message. None: one turn. The reward is set afterwards.
+        max_new_tokens: longest answer, in tokens.
+        temperature: sampling temperature.
+        top_p: see `Sampler.sample`.
+        top_k: see `Sampler.sample`.
+        stop: see `Sampler.sample`.
+        seed: makes the rollouts repeatable; None: fresh ones, from torch's global RNG.
+        max_concurrency: how many attempts run at once; None: all.
+        max_exceptions: how many attempts may raise, see `gather`.
+        progress: show a progress bar.
+
+    Raises:
+        GroupError: too many attempts raised.
+        DataError: a task that needs an agent.
+    """
+    return run_blocking(
+        rollout_async(
+            sampler,
+            tasks,
+            reward=reward,
+            group_size=group_size,
+            agent=agent,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            stop=stop,
+            seed=seed,
+            max_concurrency=max_concurrency,
+            max_exceptions=max_exceptions,
+            progress=progress,
+        )
+    )
+
+
+async def rollout_async(
+    sampler: Sampler,
+    tasks: Iterable[Task],
+    *,
+    reward: Reward,
+    group_size: int = 8,
+    agent: Agent | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int | None = None,
+    stop: Sequence[str] = (),
+    seed: int | None = None,
+    max_concurrency: int | None = None,
+    max_exceptions: int | float = 0,
+    progress: bool | str = False,
+) -> list[TrajectoryGroup]:
+    """`rollout` for code that has an event loop."""
+    if group_size < 1:
+        raise InvalidArgumentError(f"group_size must be at least 1, got {group_size}")
+
+    async def attempt(task: Task, number: int) -> Trajectory:
+        chat = Chat(
+            sampler=sampler,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            stop=tuple(stop),
+            seed=None if seed is None else seed * 1_000_003 + number * 1_009,
+        )
+        trajectory = await (agent or one_turn)(chat, task)
+        value = reward(task, trajectory)
+        trajectory.reward = float(await value if inspect.isawaitable(value) else value)
+        return trajectory
+
+    groups = [
+        TrajectoryGroup([attempt(task, index * group_size + i) for i in range(group_size)])
+        for index, task in enumerate(tasks)
+    ]
+    return await gather(
+        groups, max_concurrency=max_concurrency, max_exceptions=max_exceptions, progress=progress
+    )
+
+
+async def one_turn(chat: Chat, task: Task) -> Trajectory:
+    """The agent that answers once."""
+    messages, tools = read_task(task)
+    completion = await chat(messages, tools=tools)
+    return Trajectory(messages_and_choices=[*messages, completion], tools=tools)
+
+
+def read_task(task: Task) -> tuple[list[Message], list[Tool] | None]:
+    """The messages and tools of a task that comes with its own prompt.
+
+    Raises:
+        DataError: it does not.
+    """
+    tools = None
+    if isinstance(task, Mapping):
+        tools = task.get("tools")
+        task = task.get("messages", task.get("prompt"))
+    if isinstance(task, str):
+        return [{"role": "user", "content": task}], tools
+    if isinstance(task, Sequence) and task and all(isinstance(item, Mapping) for item in task):
+        return [dict(item) for item in task], tools
+    raise DataError(
+        f"a task must be a prompt, a list of messages, or a mapping with 'messages' or 'prompt', got {task!r:.80}; "
+        "pass agent= for tasks of another kind"
+    )
+
+
+def run_blocking(work: Coroutine[Any, Any, _T]) -> _T:
+    """Run a coroutine to its end; in a thread of its own where this one already runs an event loop (notebooks)."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    outcome: list[_T] = []
+    failure: list[BaseException] = []
+
+    def target() -> None:
+        try:
+            outcome.append(asyncio.run(work))
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=target, name="fitrl-rollout")
+    thread.start()
+    thread.join()
+    if failure:
+        raise failure[0]
+    return outcome[0]
+
+
+def _tokenizer(sampler: Sampler) -> PreTrainedTokenizerBase:
+    tokenizer: PreTrainedTokenizerBase | None = getattr(sampler, "tokenizer", None)
+    if tokenizer is None:
+        raise DataError(f"{type(sampler).__name__} has no tokenizer, which chat messages need; give it one as .tokenizer")
+    return tokenizer

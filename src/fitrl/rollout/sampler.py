@@ -1,0 +1,53 @@
+"""`Sampler`: the one seam to inference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from fitrl.data.groups import Completion
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """Samples completions from the newest policy it was given.
+
+    Chat code also needs the tokenizer that belongs to the policy, as `tokenizer`.
+    """
+
+    @property
+    def version(self) -> int:
+        """Policy version (optimizer steps) of the weights that answer."""
+
+    async def sample(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        n: int = 1,
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int | None = None,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+    ) -> list[Completion]:
+        """Sample n completions of one prompt.
+
+        Args:
+            prompt_ids: token ids, chat template applied.
+            n: how many.
+            max_new_tokens: longest completion in tokens.
+            temperature: 0 is greedy.
+            top_p: keep the smallest set of tokens with this probability; below 1 the support changes.
+            top_k: keep so many tokens; None keeps all.
+            stop: strings that end a completion; the text ends before them, the token ids keep them.
+            seed: makes the completions repeatable, whatever else is sampled at the same time.
+
+        Returns:
+            Completions with `prompt_ids`, `token_ids`, float32 `logprobs` of the distribution sampled from.
+        """
+
+    def update(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Answer with these weights from now on."""

@@ -1,0 +1,1 @@
+"""Lightning strategies that keep a policy alive between calls."""

@@ -1,0 +1,1 @@
+"""Backends: Lightning trainers with fit_rl."""

@@ -1,0 +1,541 @@
+"""`RLTrainer`: a `lightning.Trainer` that learns from groups; the machinery behind every local `fit_rl`.
+
+One call, in reading order: open the model (resume its newest checkpoint) -> groups to samples -> old and reference
+logprobs -> minibatches and microbatches -> one Lightning epoch -> checkpoint -> result.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import signal
+import sys
+import threading
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, Self
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Checkpoint, ModelSummary
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor
+
+from fitrl import _compat
+from fitrl.data.batch import Batch, deal, pack
+from fitrl.data.groups import TrajectoryGroup
+from fitrl.data.samples import Sample, SampleSet, build_samples
+from fitrl.errors import (
+    CheckpointError,
+    DataError,
+    InvalidArgumentError,
+    SessionError,
+    UnknownArgumentError,
+)
+from fitrl.objective.objective import ImportanceSamplingLevel
+from fitrl.policy.model import TrainableModel
+from fitrl.policy.module import AdamWSettings, PolicyModule
+from fitrl.policy.plots import plot_batches
+from fitrl.protocols.results import LocalTrainResult, TrainResult
+from fitrl.protocols.verbs import PolicyTrainer
+from fitrl.rollout.sampler import Sampler
+from fitrl.rollout.transformers import TransformersSampler
+from fitrl.strategies.local import PolicyVerbs
+from fitrl.trainers.learning_rate import num_trajectories_factor, reward_std_factor
+from fitrl.trainers.settings import UpdateSettings
+
+_CPU_TOKENS = 8192
+
+
+@dataclass(slots=True)
+class _Session:
+    """The model that is open."""
+
+    model: TrainableModel
+    module: PolicyModule
+    sampler: TransformersSampler | None = None
+    saved_step: int | None = None
+
+
+class RLTrainer(lightning.Trainer):
+    """A Lightning trainer with `fit_rl`; subclasses are backends and add typed arguments.
+
+    Args:
+        strategy: name or instance of a fitrl strategy.
+        optimizer: AdamW's settings, but for the learning rate.
+        lr_schedule: factor on the learning rate, by optimizer steps taken.
+        compile: compile each decoder layer.
+        activation_checkpointing: keep less for backward, compute more.
+        sampler: what `trainer.sampler(model)` returns instead of the embedded one; it is handed the new weights
+            after each call.
+        **lightning_options: of `lightning.Trainer`. Defaults that differ for RL: no logger, no checkpoint callback
+            and no progress bar of Lightning's unless asked for, `log_every_n_steps=1`, no sanity validation, the
+            model summary once per model.
+
+    Raises:
+        InvalidArgumentError: a strategy without the verbs of `PolicyTrainer`.
+    """
+
+    backend: ClassVar[str] = "RLTrainer"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "fit_rl" in cls.__dict__:
+            cls.fit_rl = _naming_the_backend(cls.__dict__["fit_rl"])  # type: ignore[method-assign]
+
+    def __init__(
+        self,
+        *,
+        strategy: str | Strategy,
+        optimizer: AdamWSettings = AdamWSettings(),  # noqa: B008 - frozen
+        lr_schedule: Callable[[int], float] | None = None,
+        compile: bool = False,
+        activation_checkpointing: bool = False,
+        sampler: Sampler | None = None,
+        **lightning_options: Any,
+    ) -> None:
+        callbacks = lightning_options.pop("callbacks", None) or []
+        callbacks = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks]
+        if lightning_options.pop("enable_model_summary", True) and not any(
+            isinstance(callback, ModelSummary) for callback in callbacks
+        ):
+            callbacks.append(_SummaryOnce())
+        options: dict[str, Any] = {
+            "logger": False,
+            "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
+            "enable_progress_bar": False,
+            "log_every_n_steps": 1,
+            "num_sanity_val_steps": 0,
+            "max_epochs": -1,
+        } | lightning_options
+        super().__init__(strategy=strategy, callbacks=callbacks, enable_model_summary=False, **options)
+        if not isinstance(self.strategy, PolicyVerbs):
+            raise InvalidArgumentError(
+                f"{type(self).__name__} needs a strategy of fitrl, got {type(self.strategy).__name__}: pass "
+                "strategy='fitrl_local'"
+            )
+        self._optimizer_settings = optimizer
+        self._lr_schedule = lr_schedule
+        self._compile = compile
+        self._activation_checkpointing = activation_checkpointing
+        self._given_sampler = sampler
+        self._user_max_epochs = options["max_epochs"]
+        self._session: _Session | None = None
+        self._busy = threading.Lock()
+
+    # -- the session --------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def fit_rl(
+        self,
+        model: TrainableModel,
+        groups: Iterable[TrajectoryGroup],
+        *,
+        learning_rate: float = 5e-6,
+        ppo: bool = False,
+        epsilon: float | None = None,
+        epsilon_high: float | None = None,
+        advantage_balance: float = 0.0,
+        scale_rewards: bool = True,
+        importance_sampling_level: ImportanceSamplingLevel = "token",
+    ) -> TrainResult:
+        """Teach the model from groups; the arguments that every backend takes."""
+
+    @property
+    def verbs(self) -> PolicyVerbs:
+        """The strategy, typed."""
+        assert isinstance(self.strategy, PolicyVerbs)  # checked at construction
+        return self.strategy
+
+    def open(self, model: TrainableModel) -> PolicyTrainer:
+        """Set a model up for training and return the verbs; `fit_rl` does it by itself.
+
+        A model that is open already stays as it is. Another one is saved, if it has unsaved steps, and released
+        first. A run with checkpoints resumes its newest.
+        """
+        session = self._session
+        if session is not None and session.model.key == model.key and self.verbs.is_live:
+            if session.model is not model:
+                if (session.model.base_model, session.model.lora) != (model.base_model, model.lora):
+                    raise SessionError(f"{session.model!r} is open and {model!r} is the same run with other settings")
+                model.step = session.model.step
+                session.model = session.module.model = model
+            return self.verbs
+        if session is not None:
+            if self.verbs.is_live and session.saved_step != self.global_step:
+                self.verbs.save()
+            self._release()
+        module = PolicyModule(
+            model,
+            optimizer=self._optimizer_settings,
+            lr_schedule=self._lr_schedule,
+            compile=self._compile,
+            activation_checkpointing=self._activation_checkpointing,
+        )
+        self.verbs.keep_alive = True
+        try:
+            _compat.attach(self, module)
+            _compat.set_global_step(self, 0)
+            model.step = 0
+            self._session = _Session(model, module, saved_step=0)
+            if model.checkpoints():
+                self.verbs.load()
+                self._session.saved_step = self.global_step
+        except BaseException:
+            self._release()
+            raise
+        _compat.hold_loggers(self)
+        return self.verbs
+
+    def sampler(self, model: TrainableModel) -> Sampler:
+        """The sampler of a model's newest policy: the one given at construction, or the embedded one.
+
+        The embedded one shares the trainer's weights and waits while it trains.
+        """
+        self.open(model)
+        session = self._require_session()
+        if self._given_sampler is not None:
+            return self._given_sampler
+        if session.sampler is None:
+            session.sampler = TransformersSampler(
+                session.module.policy,
+                version=self.global_step,
+                context=self.strategy.precision_plugin.forward_context,
+            )
+        return session.sampler
+
+    def close(self) -> None:
+        """Tear down and free the device. What was not saved is gone: `fit_rl` saves unless told not to."""
+        self._release()
+        _compat.release_loggers(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _release(self) -> None:
+        if self._session is not None and self._session.sampler is not None:
+            self._session.sampler.close()
+        self._session = None
+        self.verbs.close()
+        _compat.detach(self)
+
+    def _require_session(self) -> _Session:
+        if self._session is None:
+            raise SessionError("no model is open: call trainer.open(model) first")
+        return self._session
+
+    # -- one call -----------------------------------------------------------------------------------------------
+
+    def _update(
+        self, model: TrainableModel, groups: Iterable[TrajectoryGroup], settings: UpdateSettings
+    ) -> LocalTrainResult:
+        """Everything that `fit_rl` does once its arguments are checked."""
+        if not self._busy.acquire(blocking=False):
+            raise SessionError("this trainer is in a fit_rl call already; one trainer trains one model at a time")
+        try:
+            return self._update_alone(model, list(groups), settings)
+        finally:
+            self._busy.release()
+
+    def _update_alone(
+        self, model: TrainableModel, groups: Sequence[TrajectoryGroup], settings: UpdateSettings
+    ) -> LocalTrainResult:
+        for index, group in enumerate(groups):
+            if not isinstance(group, TrajectoryGroup):
+                raise DataError(f"groups[{index}] is a {type(group).__name__}, not a TrajectoryGroup")
+        self._check_limits()
+        self.open(model)
+        session = self._require_session()
+        module = session.module
+        if self.verbs.get_status().accumulated_microbatches:
+            raise SessionError("gradients of forward_backward are waiting: call optim_step or clear_gradients first")
+        samples = build_samples(
+            groups,
+            module.policy.tokenizer,
+            scale_rewards=settings.scale_rewards,
+            advantage_balance=settings.advantage_balance,
+            max_history_tokens=module.policy.context_length,
+            max_trajectory_tokens=settings.max_tokens_per_microbatch,
+            teaches_without_advantage=settings.teaches_without_advantage,
+            train_unsampled=settings.allow_training_without_logprobs,
+        )
+        if not samples.full_support and not settings.precalculate_logprobs:
+            raise DataError(
+                "tokens were sampled with top_p < 1 or top_k, so their logprobs are of another distribution than the "
+                "policy's: pass precalculate_logprobs=True, or sample from all tokens"
+            )
+        history = [*module.reward_history, (self.global_step, samples.reward_std)]
+        if not samples.groups:
+            module.reward_history = history
+            return self._report(
+                settings,
+                LocalTrainResult(
+                    step=self.global_step,
+                    metrics=samples.metrics | {"objective/exact": 1.0},
+                    num_optimizer_steps=0,
+                    dropped=samples.dropped,
+                ),
+            )
+        sampler = session.sampler
+        with sampler.lock if sampler is not None else nullcontext():
+            start = time.perf_counter()
+            module.logprob_chunk_size = settings.logprob_calculation_chunk_size
+            kl_mean = self._score(samples, settings)
+            feed, accumulate = self._microbatches(samples, settings, kl_mean)
+            self._check_max_steps(len(feed) // accumulate)
+            flat = [sample for group in samples.groups for sample in group]
+            rate = settings.learning_rate * num_trajectories_factor(
+                len(flat), settings.num_trajectories_learning_rate_multiplier_power
+            )
+            if settings.scale_learning_rate_by_reward_std_dev:
+                rate *= reward_std_factor(history)
+            if self.strategy.root_device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.strategy.root_device)
+            before = self.global_step
+            module.host_metrics = samples.metrics | _packing_metrics(feed)
+            module.objective = settings.objective
+            self.verbs.set_learning_rate(rate)
+            self._run_epoch(module, feed, accumulate)
+            module.reward_history = history
+            model.step = self.global_step
+            seconds = time.perf_counter() - start
+        if self._given_sampler is not None:
+            self._given_sampler.update(self.verbs.named_weights(), self.global_step)
+        elif sampler is not None:
+            sampler.update((), self.global_step)
+        if settings.plot_tensors:
+            plot_batches(feed[:accumulate], model.run_dir / "plots" / f"{self.global_step:04d}.png")
+        start = time.perf_counter()
+        checkpoint = None
+        if settings.save_checkpoint:
+            checkpoint = Path(self.verbs.save())
+            session.saved_step = self.global_step
+        metrics = module.call_metrics | {
+            "time/train_s": seconds,
+            "time/checkpoint_s": time.perf_counter() - start,
+            "throughput/tokens_per_s": samples.metrics["data/num_tokens"] * settings.num_epochs / seconds,
+        }
+        if self.strategy.root_device.type == "cuda":
+            metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated(self.strategy.root_device) / 2**30
+        return self._report(
+            settings,
+            LocalTrainResult(
+                step=self.global_step,
+                metrics=metrics,
+                num_optimizer_steps=self.global_step - before,
+                dropped=samples.dropped,
+                checkpoint_path=checkpoint,
+            ),
+        )
+
+    def _run_epoch(self, module: PolicyModule, feed: Sequence[Batch], accumulate: int) -> None:
+        """One Lightning epoch over the microbatches."""
+        self.accumulate_grad_batches = accumulate
+        _compat.allow_one_more_epoch(self)
+        on_main_thread = threading.current_thread() is threading.main_thread()
+        handler = signal.getsignal(signal.SIGINT) if on_main_thread else None
+        try:
+            self.fit(module, train_dataloaders=_Feed(feed))
+        except SystemExit as stop:
+            # Lightning answers Ctrl-C by ignoring further ones and leaving the process
+            if isinstance(stop.__context__, KeyboardInterrupt):
+                if handler is not None:
+                    signal.signal(signal.SIGINT, handler)
+                self._session = None
+                raise KeyboardInterrupt from None
+            raise
+        finally:
+            self.accumulate_grad_batches = 1
+            self.fit_loop.max_epochs = self._user_max_epochs
+
+    def _check_limits(self) -> None:
+        """Refuse what the user fixed at construction and a call cannot honour."""
+        if self.accumulate_grad_batches != 1:
+            raise InvalidArgumentError(
+                f"accumulate_grad_batches={self.accumulate_grad_batches} contradicts fit_rl, which sets it: bound "
+                "microbatches with max_tokens_per_microbatch, steps with num_minibatches"
+            )
+        if self.limit_train_batches != 1.0 or self.overfit_batches:
+            raise InvalidArgumentError(
+                "limit_train_batches, overfit_batches and fast_dev_run would leave out microbatches of a step; pass "
+                "fewer groups instead"
+            )
+        limit = self._user_max_epochs
+        if limit is not None and limit >= 0 and _compat.epochs_processed(self) >= limit:
+            raise InvalidArgumentError(f"max_epochs={limit} calls of fit_rl are used up; one call is one epoch")
+
+    def _check_max_steps(self, planned: int) -> None:
+        if self.max_steps >= 0 and self.global_step + planned > self.max_steps:
+            raise InvalidArgumentError(
+                f"max_steps={self.max_steps} is exhausted: step {self.global_step} and this call would take {planned} more"
+            )
+
+    def _score(self, samples: SampleSet, settings: UpdateSettings) -> float | None:
+        """Recompute old logprobs and compute the reference's, before the first gradient step of the call."""
+        reference = self._resolve_reference(settings.reference)
+        if not settings.precalculate_logprobs and reference is None:
+            return None
+        flat = [sample for group in samples.groups for sample in group]
+        for batch in pack(flat, max_tokens=self._max_tokens(flat, settings), **self._layout()):
+            if settings.precalculate_logprobs:
+                columns = _scatter(self.verbs.score(batch, None), batch, flat)
+                for index, column in columns:
+                    flat[index].old_logprobs = column
+            if reference is not None:
+                for index, column in _scatter(self.verbs.score(batch, reference), batch, flat):
+                    flat[index].reference_logprobs = column
+        if reference is None:
+            return None
+        gaps = [
+            (sample.old_logprobs - sample.reference_logprobs)[_mask(sample)]
+            for sample in flat
+            if sample.reference_logprobs is not None
+        ]
+        return float(torch.cat(gaps).double().mean())
+
+    def _resolve_reference(self, reference: object) -> str | None:
+        """"base", or the checkpoint folder of a step or path."""
+        if reference is None or reference == "base":
+            return reference  # type: ignore[return-value]
+        folder = (
+            self._require_session().model.checkpoints_dir / f"{reference:04d}"
+            if isinstance(reference, int)
+            else Path(str(reference))
+        )
+        if not folder.is_dir():
+            raise CheckpointError(f"reference={reference!r}: there is no checkpoint folder {folder}")
+        return str(folder)
+
+    def _microbatches(
+        self, samples: SampleSet, settings: UpdateSettings, kl_mean: float | None
+    ) -> tuple[list[Batch], int]:
+        """All microbatches of the call in order, and how many make one optimizer step."""
+        steps: list[list[Batch]] = []
+        for epoch in range(settings.num_epochs):
+            dealt = deal(
+                len(samples.groups), settings.num_minibatches, seed=settings.seed, step=self.global_step, epoch=epoch
+            )
+            for indices in dealt:
+                chosen = [sample for index in indices for sample in samples.groups[index]]
+                steps.append(
+                    pack(
+                        chosen,
+                        max_tokens=self._max_tokens(chosen, settings),
+                        kl_mean=kl_mean,
+                        skip_zero_advantage=settings.skips_zero_advantage,
+                        measures_mismatch=not steps,
+                        **self._layout(),
+                    )
+                )
+        accumulate = max(map(len, steps))
+        for batches in steps:
+            batches += [batches[0].filler() for _ in range(accumulate - len(batches))]
+        return [batch for batches in steps for batch in batches], accumulate
+
+    def _layout(self) -> dict[str, Any]:
+        policy = self._require_session().module.policy
+        return {"layout": "auto" if policy.can_pack else "padded", "hidden_size": policy.hidden_size}
+
+    def _max_tokens(self, samples: Sequence[Sample], settings: UpdateSettings) -> int:
+        """Positions in a microbatch: as told, else what is likely to fit beside the weights."""
+        if settings.max_tokens_per_microbatch is not None:
+            return settings.max_tokens_per_microbatch
+        longest = max(sample.num_input_tokens for sample in samples)
+        device = self.strategy.root_device
+        if device.type != "cuda":
+            return max(longest, _CPU_TOKENS)
+        policy = self._require_session().module.policy
+        free = torch.cuda.mem_get_info(device)[0] + (
+            torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        )
+        # activations of a decoder layer: about 34 H two-byte values a token (Korthikanti et al. 2022), doubled for
+        # float32 residuals; only 2 H of them with checkpointing
+        values = (4 if self._activation_checkpointing else 68) * policy.hidden_size * policy.num_layers
+        return max(longest, min(int(0.5 * free / (2 * values)), 65536))
+
+    def _report(self, settings: UpdateSettings, result: LocalTrainResult) -> LocalTrainResult:
+        if settings.verbose:
+            numbers = "  ".join(
+                f"{key} {result.metrics[key]:.4g}"
+                for key in ("reward/mean", "loss/train", "loss/grad_norm", "mismatch/kl", "throughput/tokens_per_s")
+                if key in result.metrics
+            )
+            dropped = f"  dropped {result.dropped}" if result.dropped else ""
+            print(f"{self.backend} step {result.step}  {numbers}{dropped}", file=sys.stderr)
+        return result
+
+
+class _Feed:
+    """A sized, re-iterable loader: without a length Lightning would fetch one microbatch ahead."""
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Any:
+        return iter(self._batches)
+
+
+class _SummaryOnce(ModelSummary):
+    """Lightning's model summary, once per model instead of once per call."""
+
+    _summarised: PolicyModule | None = None
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if pl_module is not self._summarised:
+            self._summarised = pl_module  # type: ignore[assignment]
+            super().on_fit_start(trainer, pl_module)
+
+
+def _naming_the_backend(fit_rl: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn a call with arguments that `fit_rl` does not take into an error that names the backend."""
+    signature = inspect.signature(fit_rl)
+    keywords = [name for name, parameter in signature.parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
+
+    @functools.wraps(fit_rl)
+    def checked(self: RLTrainer, /, *args: Any, **kwargs: Any) -> Any:
+        unknown = [name for name in kwargs if name not in signature.parameters]
+        if unknown:
+            raise UnknownArgumentError(
+                f"{type(self).__name__}.fit_rl() takes no {', '.join(map(repr, unknown))}; beside model and groups the "
+                f"backend {self.backend!r} takes: {', '.join(keywords)}"
+            )
+        return fit_rl(self, *args, **kwargs)
+
+    return checked
+
+
+def _mask(sample: Sample) -> Tensor:
+    return torch.cat([history.mask for history in sample.histories])
+
+
+def _scatter(logprobs: Tensor, batch: Batch, samples: Sequence[Sample]) -> list[tuple[int, Tensor]]:
+    """Logprobs [R] of a batch's rows back to [T] columns of its samples; NaN where nothing was predicted."""
+    columns: list[tuple[int, Tensor]] = []
+    start = 0
+    for index in batch.members:
+        mask = _mask(samples[index])
+        column = torch.full(mask.shape, torch.nan, dtype=logprobs.dtype)
+        count = samples[index].num_trainable_tokens
+        column[mask] = logprobs[start : start + count]
+        start += count
+        columns.append((index, column))
+    return columns
+
+
+def _packing_metrics(feed: Sequence[Batch]) -> dict[str, float]:
+    tokens = sum(batch.num_input_tokens for batch in feed)
+    positions = sum(batch.num_positions for batch in feed)
+    return {"data/padding_fraction": 1.0 - tokens / positions, "data/shared_prefix_tokens_saved": 0.0}

@@ -1,0 +1,124 @@
+"""The arguments of one `fit_rl` call, checked together: what contradicts or could have no effect raises."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from fitrl.errors import InvalidArgumentError
+from fitrl.objective.objective import CustomObjective, Objective
+
+Reference: TypeAlias = Literal["base"] | int | str | Path
+DEFAULT_CHUNK_SIZE = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateSettings:
+    """What one call does, beside the objective's own options; built by `fit_rl` from its keyword arguments."""
+
+    learning_rate: float
+    objective: Objective | CustomObjective
+    advantage_balance: float
+    scale_rewards: bool
+    precalculate_logprobs: bool
+    allow_training_without_logprobs: bool
+    plot_tensors: bool
+    scale_learning_rate_by_reward_std_dev: bool
+    logprob_calculation_chunk_size: int
+    save_checkpoint: bool
+    verbose: bool
+    num_minibatches: int
+    num_epochs: int
+    seed: int
+    reference: Reference | None
+    max_tokens_per_microbatch: int | None
+    num_trajectories_learning_rate_multiplier_power: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
+            raise InvalidArgumentError(f"learning_rate must be a finite number of at least 0, got {self.learning_rate}")
+        if not -1.0 <= self.advantage_balance <= 1.0:
+            raise InvalidArgumentError(f"advantage_balance must be in [-1, 1], got {self.advantage_balance}")
+        for name in ("num_minibatches", "num_epochs", "logprob_calculation_chunk_size", "max_tokens_per_microbatch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidArgumentError(f"{name} must be at least 1, got {value}")
+        if not math.isfinite(self.num_trajectories_learning_rate_multiplier_power):
+            raise InvalidArgumentError(
+                "num_trajectories_learning_rate_multiplier_power must be finite, got "
+                f"{self.num_trajectories_learning_rate_multiplier_power}"
+            )
+        self._check_objective()
+        if (
+            self.logprob_calculation_chunk_size != DEFAULT_CHUNK_SIZE
+            and not self.precalculate_logprobs
+            and self.reference is None
+        ):
+            raise InvalidArgumentError(
+                f"logprob_calculation_chunk_size={self.logprob_calculation_chunk_size} has no effect without a pass that "
+                "needs no gradient: it goes with precalculate_logprobs=True or reference"
+            )
+
+    def _check_objective(self) -> None:
+        objective = self.objective
+        if not isinstance(objective, Objective):
+            return
+        if objective.truncated_importance_sampling is not None and not self.precalculate_logprobs:
+            raise InvalidArgumentError(
+                "truncated_importance_sampling corrects the trainer's old logprobs against the sampler's, so it needs "
+                "precalculate_logprobs=True"
+            )
+        if objective.kl_coef > 0 and self.reference is None:
+            raise InvalidArgumentError(
+                f"kl_coef={objective.kl_coef} needs reference: 'base', a step, or a checkpoint folder"
+            )
+        if objective.kl_coef == 0 and self.reference is not None:
+            raise InvalidArgumentError(f"reference={self.reference!r} has no effect with kl_coef=0")
+        if (
+            objective.kl_in == "advantage"
+            and self.allow_training_without_logprobs
+            and not self.precalculate_logprobs
+        ):
+            raise InvalidArgumentError(
+                "kl_in='advantage' compares the old policy with the reference; without rollout logprobs that needs "
+                "precalculate_logprobs=True"
+            )
+
+    @property
+    def teaches_without_advantage(self) -> bool:
+        """Whether a group without advantages still has a gradient."""
+        if isinstance(self.objective, Objective):
+            return self.objective.teaches_without_advantage
+        return bool(getattr(self.objective, "teaches_without_advantage", False))
+
+    @property
+    def skips_zero_advantage(self) -> bool:
+        """Whether trajectories of advantage 0 may be left out of the microbatches."""
+        return isinstance(self.objective, Objective) and not self.objective.teaches_without_advantage
+
+
+def choose_objective(custom: CustomObjective | None, built: Objective) -> Objective | CustomObjective:
+    """The custom objective, if there is one and no option of the built-in one is set beside it.
+
+    Raises:
+        InvalidArgumentError: both are.
+    """
+    if custom is None:
+        return built
+    if isinstance(custom, Objective) or not isinstance(custom, CustomObjective):
+        raise InvalidArgumentError(
+            f"objective must be a custom objective, with `inputs` and `__call__`, got {type(custom).__name__}; the "
+            "built-in one is set by fit_rl's own arguments"
+        )
+    default = Objective()
+    beside = [
+        f"{field.name}={getattr(built, field.name)!r}"
+        for field in dataclasses.fields(Objective)
+        if getattr(built, field.name) != getattr(default, field.name)
+    ]
+    if beside:
+        raise InvalidArgumentError(f"a custom objective takes no other loss option; remove {', '.join(beside)}")
+    return custom
