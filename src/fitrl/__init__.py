@@ -1,7 +1,7 @@
 """fitrl: reinforcement learning of language models from inside Lightning.
 
-    trainer = fitrl.LocalTrainer(devices=1)
-    result = trainer.fit_rl(model, groups, learning_rate=5e-6)
+trainer = fitrl.LocalTrainer(devices=1)
+result = trainer.fit_rl(model, groups, learning_rate=5e-6)
 """
 
 from fitrl.data.gather import gather

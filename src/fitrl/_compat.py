@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning
@@ -53,14 +57,34 @@ def advance_global_step(trainer: lightning.Trainer) -> None:
 
 def allow_one_more_epoch(trainer: lightning.Trainer) -> None:
     """Let the next `fit` run exactly one epoch, also after one that was cut short."""
-    progress = trainer.fit_loop.epoch_progress.current
+    progress: Any = trainer.fit_loop.epoch_progress.current
     progress.ready = progress.started = progress.completed = progress.processed
     trainer.fit_loop.max_epochs = progress.processed + 1
 
 
+@contextmanager
+def without_epoch_notes() -> Iterator[None]:
+    """Keep Lightning from noting, after every call, that its one epoch is over."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addFilter(_is_no_epoch_note)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_no_epoch_note)
+
+
+def _is_no_epoch_note(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("`Trainer.fit` stopped: `max_epochs=")
+
+
+# fit_rl validates when its caller says so
+warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no `val_dataloader`")
+
+
 def epochs_processed(trainer: lightning.Trainer) -> int:
     """Epochs that `fit` has run so far."""
-    return int(trainer.fit_loop.epoch_progress.current.processed)
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    return int(progress.processed)
 
 
 def hold_loggers(trainer: lightning.Trainer) -> None:
@@ -93,3 +117,9 @@ class _Flush:
 def raw_optimizer(strategy: Any) -> Any:
     """The strategy's only optimizer."""
     return strategy.optimizers[0]
+
+
+def step_schedulers(strategy: Any) -> None:
+    """Advance the strategy's learning-rate schedules by one optimizer step."""
+    for config in strategy.lr_scheduler_configs:
+        config.scheduler.step()

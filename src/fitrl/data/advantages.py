@@ -25,7 +25,9 @@ def group_advantages(rewards: Sequence[float], *, scale_rewards: bool = True) ->
     """
     for index, reward in enumerate(rewards):
         if not math.isfinite(reward):
-            raise DataError(f"reward {reward} of trajectory {index} is not finite; drop the trajectory or mend the reward")
+            raise DataError(
+                f"reward {reward} of trajectory {index} is not finite; drop the trajectory or mend the reward"
+            )
     if is_flat(rewards):
         return [0.0] * len(rewards)
     mean = statistics.fmean(rewards)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -72,8 +72,10 @@ class LossTargets:
 
 
 class Batch:
-    """One microbatch. A plain class on purpose: Lightning casts every floating tensor it finds in a dict, list or
-    dataclass to the training precision, and a logprob rounded to bfloat16 makes its ratio noise.
+    """One microbatch.
+
+    A plain class on purpose: Lightning casts every floating tensor that it finds in a dict, list or dataclass to the
+    training precision, and a logprob rounded to bfloat16 makes its ratio noise.
 
     Args:
         model_inputs: what the model eats.
@@ -124,20 +126,23 @@ class Batch:
 
     def filler(self) -> Batch:
         """A batch of zero weight that still reaches the graph, so that every minibatch has as many microbatches."""
-        keep = {"input_ids": self.model_inputs.input_ids[:1, :1], "segment_ids": self.model_inputs.segment_ids[:1, :1]}
-        inputs = ModelInputs(position_ids=None, **keep)
-        targets = {
-            name: value if value is None or value.dim() == 0 else value[:1]
-            for name, value in ((field.name, getattr(self.loss_inputs, field.name)) for field in fields(LossTargets))
+        inputs = ModelInputs(
+            input_ids=self.model_inputs.input_ids[:1, :1],
+            position_ids=None,
+            segment_ids=self.model_inputs.segment_ids[:1, :1],
+        )
+        first: dict[str, Any] = {
+            field.name: value if value is None or value.dim() == 0 else value[:1]
+            for field in fields(LossTargets)
+            for value in [getattr(self.loss_inputs, field.name)]
         }
-        targets["rows"] = torch.zeros_like(targets["rows"])
-        targets["trajectory_ids"] = torch.zeros_like(targets["trajectory_ids"])
-        targets["mask"] = torch.zeros_like(targets["mask"])
-        return Batch(inputs, LossTargets(**targets))
+        for name in ("rows", "trajectory_ids", "mask"):
+            first[name] = torch.zeros_like(first[name])
+        return Batch(inputs, LossTargets(**first))
 
 
 def _to(tensors: _Tensors, device: torch.device | str, non_blocking: bool) -> _Tensors:
-    moved = {
+    moved: dict[str, Any] = {
         field.name: None if value is None else value.to(device, non_blocking=non_blocking)
         for field in fields(tensors)
         for value in [getattr(tensors, field.name)]

@@ -79,7 +79,12 @@ class Completion:
 
     @classmethod
     def from_choice(
-        cls, choice: OpenAIChoice, *, temperature: float | None = None, version: int = 0, full_support: bool = True
+        cls,
+        choice: OpenAIChoice,
+        *,
+        temperature: float | None = None,
+        version: int = 0,
+        full_support: bool = True,
     ) -> Completion:
         """Read an OpenAI `Choice`; logprob tokens are `token_id:N` or token strings with their bytes.
 
@@ -165,6 +170,14 @@ class TokenHistory:
     temperature: Tensor
     versions: Tensor
     full_support: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("mask", "logprobs", "temperature", "versions"):
+            shape = getattr(self, name).shape
+            if shape != self.token_ids.shape or len(shape) != 1:
+                raise DataError(
+                    f"{name} has shape {tuple(shape)}, token_ids {tuple(self.token_ids.shape)}; both must be [T]"
+                )
 
     def __len__(self) -> int:
         return self.token_ids.numel()
@@ -288,9 +301,7 @@ class Trajectory:
 
     def histories(self) -> list[History]:
         """The main history and the additional ones."""
-        main = History(
-            messages_and_choices=self.messages_and_choices, tools=self.tools, temperature=self.temperature
-        )
+        main = History(messages_and_choices=self.messages_and_choices, tools=self.tools, temperature=self.temperature)
         return [main, *self.additional_histories] if self.messages_and_choices else list(self.additional_histories)
 
     def messages(self) -> list[Message]:

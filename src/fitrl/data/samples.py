@@ -7,7 +7,8 @@ Trajectories are dropped after the advantages are computed, so a dropped one sti
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from fitrl.data.advantages import balance, group_advantages, is_flat, reward_std
 from fitrl.data.groups import TokenHistory, TrajectoryGroup
-from fitrl.data.tokens import Tokenized, tokenize
-from fitrl.errors import DataError, FitRLError
+from fitrl.data.tokens import Tokenized, check, read_tokens
+from fitrl.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,12 +37,13 @@ class Sample:
 
     histories: list[TokenHistory]
     advantage: float
-    old_logprobs: Tensor
+    old_logprobs: Tensor = field(init=False)
     reference_logprobs: Tensor | None = None
     num_input_tokens: int = field(init=False)
     num_trainable_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
+        self.old_logprobs = torch.cat([history.logprobs for history in self.histories])
         # the last token of a history predicts nothing, so it is not an input
         self.num_input_tokens = sum(len(history) - 1 for history in self.histories)
         self.num_trainable_tokens = sum(int(history.mask.sum()) for history in self.histories)
@@ -57,7 +59,6 @@ class SampleSet:
         dropped: why and how many: "flat_groups", "empty_groups", "overlong_trajectories",
             "empty_trajectories" (nothing sampled in them).
         metrics: host-side metrics of the call, `area/name`.
-        num_splits: histories that had to be split because a later turn did not extend the earlier ids.
         full_support: whether every token was sampled from the full distribution.
         reward_std: mean within-group reward standard deviation, over groups with two trajectories or more.
     """
@@ -65,7 +66,6 @@ class SampleSet:
     groups: list[list[Sample]]
     dropped: dict[str, int]
     metrics: dict[str, float]
-    num_splits: int
     full_support: bool
     reward_std: float
 
@@ -100,83 +100,99 @@ def build_samples(
     start = time.perf_counter()
     if not groups:
         raise DataError("groups is empty: pass at least one TrajectoryGroup")
+    tokenized = _read(groups, tokenizer, train_unsampled)
     dropped = dict.fromkeys(("flat_groups", "empty_groups", "overlong_trajectories", "empty_trajectories"), 0)
     kept: list[list[Sample]] = []
-    rewards: list[float] = []
-    stds: list[float] = []
     absolutes: list[float] = []
-    num_splits, full_support = 0, True
-    for group_index, group in enumerate(groups):
-        if group.pending:
-            raise DataError(f"group {group_index} has {len(group.pending)} pending trajectories: await fitrl.gather(groups)")
-        if not len(group):
+    for index, group in enumerate(groups):
+        rewards = group.rewards
+        try:
+            advantages = balance(group_advantages(rewards, scale_rewards=scale_rewards), advantage_balance)
+        except DataError as error:
+            raise DataError(f"group {index}: {error}") from error
+        absolutes += map(abs, advantages)
+        if not rewards:
             dropped["empty_groups"] += 1
             continue
-        group_rewards = group.rewards
-        tokenized: list[Tokenized] = []
-        try:
-            advantages = group_advantages(group_rewards, scale_rewards=scale_rewards)
-        except FitRLError as error:
-            raise type(error)(f"group {group_index}: {error}") from error
-        for index, trajectory in enumerate(group):
-            try:
-                tokenized.append(tokenize(trajectory, tokenizer, train_unsampled=train_unsampled))
-            except FitRLError as error:
-                raise type(error)(f"group {group_index}, trajectory {index}: {error}") from error
-        rewards += group_rewards
-        if len(group_rewards) > 1:
-            stds.append(reward_std(group_rewards))
-        if is_flat(group_rewards) and not teaches_without_advantage:
+        if is_flat(rewards) and not teaches_without_advantage:
             dropped["flat_groups"] += 1
             continue
         samples: list[Sample] = []
-        for tokens, advantage in zip(tokenized, balance(advantages, advantage_balance), strict=True):
-            num_splits += max(tokens.num_splits, 0)
-            absolutes.append(abs(advantage))
+        for tokens, advantage in zip(tokenized[index], advantages, strict=True):
             histories = [history for history in tokens.histories if bool(history.mask.any())]
             if not histories:
                 dropped["empty_trajectories"] += 1
-                continue
-            sample = Sample(
-                histories=histories,
-                advantage=advantage,
-                old_logprobs=torch.cat([history.logprobs for history in histories]),
-            )
-            if _overlong(sample, max_history_tokens, max_trajectory_tokens):
+            elif _is_overlong(histories, max_history_tokens, max_trajectory_tokens):
                 dropped["overlong_trajectories"] += 1
-                continue
-            full_support &= all(history.full_support for history in histories)
-            samples.append(sample)
+            else:
+                samples.append(Sample(histories=histories, advantage=advantage))
         if any(sample.advantage for sample in samples) or (samples and teaches_without_advantage):
             kept.append(samples)
-        elif samples:
-            dropped["flat_groups"] += 1
         else:
-            dropped["empty_groups"] += 1
+            dropped["flat_groups" if samples else "empty_groups"] += 1
     flat = [sample for samples in kept for sample in samples]
+    stds = [reward_std(group.rewards) for group in groups if len(group) > 1]
     return SampleSet(
         groups=kept,
         dropped={reason: count for reason, count in dropped.items() if count},
         metrics={
-            "reward/mean": sum(rewards) / max(len(rewards), 1),
-            "reward/std_within_group": sum(stds) / max(len(stds), 1),
-            "advantage/abs_mean": sum(absolutes) / max(len(absolutes), 1),
+            "reward/mean": _mean([reward for group in groups for reward in group.rewards]),
+            "reward/std_within_group": _mean(stds),
+            "advantage/abs_mean": _mean(absolutes),
             "data/num_groups_submitted": float(len(groups)),
             "data/num_groups_trainable": float(len(kept)),
             "data/num_trajectories": float(len(flat)),
             "data/num_tokens": float(sum(sample.num_trainable_tokens for sample in flat)),
             "data/num_dropped_overlong": float(dropped["overlong_trajectories"]),
-            "data/num_split_histories": float(num_splits),
+            "data/num_split_histories": float(sum(tokens.num_splits for row in tokenized for tokens in row)),
             "time/tokenize_s": time.perf_counter() - start,
         },
-        num_splits=num_splits,
-        full_support=full_support,
-        reward_std=sum(stds) / max(len(stds), 1),
+        full_support=all(history.full_support for sample in flat for history in sample.histories),
+        reward_std=_mean(stds),
     )
 
 
-def _overlong(sample: Sample, max_history_tokens: int | None, max_trajectory_tokens: int | None) -> bool:
-    longest = max(len(history) for history in sample.histories)
-    return (max_history_tokens is not None and longest > max_history_tokens) or (
-        max_trajectory_tokens is not None and sample.num_input_tokens > max_trajectory_tokens
+def _read(
+    groups: Sequence[TrajectoryGroup], tokenizer: PreTrainedTokenizerBase, train_unsampled: bool
+) -> list[list[Tokenized]]:
+    """Token histories of every trajectory, checked; an error says whose."""
+    rows: list[list[Tokenized]] = []
+    for index, group in enumerate(groups):
+        if group.pending:
+            raise DataError(f"group {index} has {len(group.pending)} pending trajectories: await fitrl.gather(groups)")
+        rows.append([])
+        for place, trajectory in enumerate(group):
+            with _naming(index, place):
+                rows[-1].append(read_tokens(trajectory, tokenizer, train_unsampled=train_unsampled))
+    need_logprobs = not train_unsampled
+    try:
+        check([history for row in rows for tokens in row for history in tokens.histories], need_logprobs=need_logprobs)
+    except DataError:
+        for index, row in enumerate(rows):
+            for place, tokens in enumerate(row):
+                with _naming(index, place):
+                    check(tokens.histories, need_logprobs=need_logprobs)
+        raise
+    return rows
+
+
+@contextmanager
+def _naming(group: int, trajectory: int) -> Iterator[None]:
+    """Say in an error which trajectory is meant."""
+    try:
+        yield
+    except DataError as error:
+        raise type(error)(f"group {group}, trajectory {trajectory}: {error}") from error
+
+
+def _is_overlong(
+    histories: Sequence[TokenHistory], max_history_tokens: int | None, max_trajectory_tokens: int | None
+) -> bool:
+    lengths = [len(history) for history in histories]
+    return (max_history_tokens is not None and max(lengths) > max_history_tokens) or (
+        max_trajectory_tokens is not None and sum(lengths) - len(lengths) > max_trajectory_tokens
     )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

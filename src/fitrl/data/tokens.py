@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -36,9 +37,7 @@ class Tokenized:
         return sum(len(history) for history in self.histories)
 
 
-def tokenize(
-    trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase, *, train_unsampled: bool = False
-) -> Tokenized:
+def tokenize(trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase, *, train_unsampled: bool = False) -> Tokenized:
     """Turn a trajectory into token histories.
 
     Args:
@@ -52,22 +51,62 @@ def tokenize(
             that the policy said.
         TokenizationError: no chat template, or token strings that fit no id or several.
     """
+    tokenized = read_tokens(trajectory, tokenizer, train_unsampled=train_unsampled)
+    check(tokenized.histories, need_logprobs=not train_unsampled)
+    return tokenized
+
+
+def read_tokens(
+    trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase, *, train_unsampled: bool = False
+) -> Tokenized:
+    """`tokenize` without the check of the numbers, which is faster for many trajectories together."""
     if trajectory.token_histories:
-        tokenized = Tokenized(list(trajectory.token_histories))
-    else:
-        tokenized = Tokenized([])
-        for history in trajectory.histories():
-            segments = _tokenize_history(history, tokenizer, train_unsampled)
-            tokenized.histories += segments
-            tokenized.num_splits += max(len(segments) - 1, 0)
-    for segment in tokenized.histories:
-        _check(segment, need_logprobs=not train_unsampled)
+        return Tokenized(list(trajectory.token_histories))
+    tokenized = Tokenized([])
+    for history in trajectory.histories():
+        segments = _tokenize_history(history, tokenizer, train_unsampled)
+        tokenized.histories += segments
+        tokenized.num_splits += max(len(segments) - 1, 0)
     if not tokenized.histories:
         raise DataError(
-            "a trajectory holds no token sampled by the policy: put fitrl.Completion or OpenAI Choice objects into "
+            "a trajectory holds nothing that the policy said: put fitrl.Completion or OpenAI Choice objects into "
             "messages_and_choices, or pass allow_training_without_logprobs=True to learn from assistant messages"
         )
     return tokenized
+
+
+def check(histories: Sequence[TokenHistory], *, need_logprobs: bool) -> None:
+    """Check the numbers of token histories.
+
+    Raises:
+        DataError: a logprob is missing, positive or infinite, a temperature is not above 0, or the first token of a
+            history is to be trained on.
+    """
+    if not histories:
+        return
+    mask = torch.cat([history.mask for history in histories])
+    lengths = torch.tensor([len(history) for history in histories])
+    if bool(mask[(lengths.cumsum(0) - lengths)[lengths > 0]].any()):
+        raise DataError("the first token of a history cannot be trained on: nothing predicts it")
+    logprobs = torch.cat([history.logprobs for history in histories])[mask]
+    missing = logprobs.isnan()
+    if need_logprobs and bool(missing.any()):
+        raise DataError(
+            f"{int(missing.sum())} of {logprobs.numel()} sampled tokens have no logprob (NaN): ask the sampler for "
+            "logprobs, or pass allow_training_without_logprobs=True"
+        )
+    wrong = (logprobs > _LOGPROB_TOLERANCE) | logprobs.isinf()
+    if bool(wrong.any()):
+        raise DataError(
+            f"{float(logprobs[wrong][0])} is no logprob: the logarithm of a probability is finite and at most 0"
+        )
+    temperature = torch.cat([history.temperature for history in histories])[mask]
+    refused = ~(temperature > 0) | temperature.isinf()
+    if bool(refused.any()):
+        raise DataError(
+            f"temperature {float(temperature[refused][0])} cannot be trained on: a greedy choice has no probability to "
+            "learn from; sample with temperature > 0"
+        )
 
 
 def render_prompt(
@@ -78,13 +117,16 @@ def render_prompt(
 
 
 def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[Tool] | None, *, add_generation_prompt: bool
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    tools: list[Tool] | None,
+    *,
+    add_generation_prompt: bool,
 ) -> list[int]:
     _require_template(tokenizer)
-    ids = tokenizer.apply_chat_template(
-        messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
-    )
-    return list(ids)  # type: ignore[arg-type]
+    render: Any = tokenizer.apply_chat_template
+    ids = render(messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False)
+    return list(ids)
 
 
 def _require_template(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -208,9 +250,8 @@ def _assistant_ids(
     """Ids of the last assistant message: by the template's generation marks, else whatever follows the prompt."""
     template = tokenizer.chat_template
     if isinstance(template, str) and re.search(r"\{%-?\s*generation", template):
-        rendered: Any = tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
+        render: Any = tokenizer.apply_chat_template
+        rendered = render(messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         full = list(rendered["input_ids"])
         marked = [i for i, flag in enumerate(rendered["assistant_masks"]) if flag and i >= len(prompt)]
         full = full[: marked[-1] + 1] if marked else full
@@ -222,40 +263,6 @@ def _assistant_ids(
             "cannot be told apart; sample it with a sampler that returns token ids"
         )
     return full[len(prompt) :]
-
-
-def _check(history: TokenHistory, *, need_logprobs: bool) -> None:
-    columns = {
-        "mask": history.mask,
-        "logprobs": history.logprobs,
-        "temperature": history.temperature,
-        "versions": history.versions,
-    }
-    for name, column in columns.items():
-        if column.shape != history.token_ids.shape:
-            raise DataError(
-                f"{name} has shape {tuple(column.shape)}, token_ids {tuple(history.token_ids.shape)}; both must be [T]"
-            )
-    if bool(history.mask[:1].any()):
-        raise DataError("the first token of a history cannot be trained on: nothing predicts it")
-    logprobs = history.logprobs[history.mask]
-    missing = logprobs.isnan()
-    if need_logprobs and bool(missing.any()):
-        raise DataError(
-            f"{int(missing.sum())} of {logprobs.numel()} sampled tokens have no logprob (NaN): ask the sampler for "
-            "logprobs, or pass allow_training_without_logprobs=True"
-        )
-    wrong = (logprobs > _LOGPROB_TOLERANCE) | logprobs.isinf()
-    if bool(wrong.any()):
-        raise DataError(
-            f"{float(logprobs[wrong][0])} is no logprob: the logarithm of a probability is finite and at most 0"
-        )
-    temperature = history.temperature[history.mask]
-    if bool((~(temperature > 0) | temperature.isinf()).any()):
-        raise DataError(
-            f"temperature {float(temperature.min())} cannot be trained on: a greedy choice has no probability to learn "
-            "from; sample with temperature > 0"
-        )
 
 
 # Token strings -> ids. One table per tokenizer, kept as long as the tokenizer lives.

@@ -128,7 +128,7 @@ def linear_logprobs(
         raise InvalidArgumentError(f"rows_per_tile must be at least 1, got {rows_per_tile}")
     accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     scale = torch.as_tensor(temperature, dtype=accumulate, device=hidden.device).expand(rows)
-    logprobs, entropies = _LinearLogprobs.apply(
+    logprobs, entropies = _LinearLogprobs.apply(  # type: ignore[no-untyped-call]
         hidden, weight, bias, targets, scale, softcap, rows_per_tile, exact_logits, with_entropies
     )
     return logprobs, entropies if with_entropies else None
@@ -269,9 +269,7 @@ def _tiles(rows: int, rows_per_tile: int) -> list[slice]:
     return [slice(start, min(start + rows_per_tile, rows)) for start in range(0, rows, rows_per_tile)]
 
 
-def _check(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: Tensor | float
-) -> int:
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: Tensor | float) -> int:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise InvalidArgumentError(
             f"hidden must be [T, H] and weight [V, H], got {tuple(hidden.shape)} and {tuple(weight.shape)}"

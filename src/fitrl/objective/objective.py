@@ -102,7 +102,9 @@ class Objective:
                 "use 'seq_mean_token_sum_norm'"
             )
         if self.norm_length is None and self.loss_aggregation == "seq_mean_token_sum_norm":
-            raise InvalidArgumentError("loss_aggregation='seq_mean_token_sum_norm' needs norm_length, e.g. max_new_tokens")
+            raise InvalidArgumentError(
+                "loss_aggregation='seq_mean_token_sum_norm' needs norm_length, e.g. max_new_tokens"
+            )
 
     def _check_ppo_only(self) -> None:
         for name in ("dual_clip", "ratio_cap"):
@@ -329,7 +331,12 @@ def policy_loss(
     # 11. token loss
     def aggregated(values: Tensor) -> Tensor:
         return _aggregate(
-            torch.where(m, values, 0.0), objective, trajectory_ids, counts, num_tokens=n_tokens, num_sequences=n_sequences
+            torch.where(m, values, 0.0),
+            objective,
+            trajectory_ids,
+            counts,
+            num_tokens=n_tokens,
+            num_sequences=n_sequences,
         )
 
     metrics = {"loss_policy": aggregated(policy)}

@@ -42,7 +42,9 @@ class Manifest:
     weights_only: bool
 
 
-def write(folder: Path, manifest: Manifest, write_weights: Callable[[Path], None], state: dict[str, Any] | None) -> None:
+def write(
+    folder: Path, manifest: Manifest, write_weights: Callable[[Path], None], state: dict[str, Any] | None
+) -> None:
     """Write a checkpoint folder atomically, in place of an older one of the same name.
 
     Args:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib.resources
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,15 +39,15 @@ class LoraSettings:
     """
 
     rank: int = 8
-    alpha: float = 16.0
+    alpha: int = 16
     target_modules: str | tuple[str, ...] = "all-linear"
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise InvalidArgumentError(f"LoraSettings.rank must be at least 1, got {self.rank}")
-        if not self.alpha > 0:
-            raise InvalidArgumentError(f"LoraSettings.alpha must be greater than 0, got {self.alpha}")
+        if self.alpha < 1:
+            raise InvalidArgumentError(f"LoraSettings.alpha must be at least 1, got {self.alpha}")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -104,12 +106,14 @@ class Policy:
     @property
     def head(self) -> tuple[Tensor, Tensor | None]:
         """Weight [V, H] and bias of the output head."""
-        head: Any = self.causal_lm.get_output_embeddings()
+        head: Any = _output_head(self.causal_lm)
         return head.weight, head.bias
 
     def hidden(self, input_ids: Tensor, position_ids: Tensor | None = None, **cache: Any) -> Any:
         """Run the decoder layers; returns transformers' output with `last_hidden_state` [B, L, H]."""
-        return self.causal_lm.base_model(input_ids=input_ids, position_ids=position_ids, **({"use_cache": False} | cache))
+        return self.causal_lm.base_model(
+            input_ids=input_ids, position_ids=position_ids, **({"use_cache": False} | cache)
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits [T, V] of hidden states [T, H], for models with a linear head."""
@@ -120,6 +124,10 @@ class Policy:
         """Run the whole model; returns transformers' output with `logits` [B, L, V]."""
         network: Any = self.causal_lm
         return network(input_ids=input_ids, position_ids=position_ids, **({"use_cache": False} | cache))
+
+
+def _output_head(network: Any) -> Any:
+    return network.get_output_embeddings()
 
 
 def is_peft(network: nn.Module) -> bool:
@@ -137,10 +145,10 @@ def load_tokenizer(base_model: str) -> PreTrainedTokenizerBase:
 
     folder, options = _resolve(base_model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)  # type: ignore[no-untyped-call]
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **options)
     except (OSError, ValueError) as error:
         raise _not_found(base_model, error) from error
-    return tokenizer  # type: ignore[no-any-return]
+    return tokenizer
 
 
 def load_policy(
@@ -166,7 +174,8 @@ def load_policy(
     is_adapter_folder = weights is not None and (weights / "adapter_config.json").is_file()
     folder, options = _resolve(base_model) if weights is None or is_adapter_folder else (str(weights), {})
     try:
-        network: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+        with _no_progress_bars():
+            network: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
     except (OSError, ValueError) as error:
         raise _not_found(base_model, error) from error
     if is_adapter_folder:
@@ -187,6 +196,7 @@ def load_weights(policy: Policy, folder: Path) -> None:
     """Read a checkpoint folder's weights into a live policy, exactly."""
     from safetensors.torch import load_file
 
+    result: Any
     if policy.is_adapter:
         from peft import set_peft_model_state_dict
 
@@ -210,8 +220,23 @@ def save_weights(policy: Policy, folder: Path) -> None:
     """Write weights, configuration and tokenizer so that transformers and PEFT load the folder as it is."""
     network: Any = policy.network
     # "auto" would ask the model hub whether the vocabulary was resized
-    network.save_pretrained(folder, **({"save_embedding_layers": False} if policy.is_adapter else {}))
+    with _no_progress_bars():
+        network.save_pretrained(folder, **({"save_embedding_layers": False} if policy.is_adapter else {}))
     policy.tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Keep transformers from drawing a bar for every file of every checkpoint."""
+    from transformers.utils import logging as hf_logging
+
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _resolve(base_model: str) -> tuple[str, dict[str, str]]:
@@ -237,8 +262,8 @@ def _resolve(base_model: str) -> tuple[str, dict[str, str]]:
 def _not_found(base_model: str, error: Exception) -> ModelNotFoundError:
     first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return ModelNotFoundError(
-        f"base_model {base_model!r} cannot be loaded: it is neither 'tiny', nor a folder or GGUF file here, nor a hub id "
-        f"that can be reached ({first_line})"
+        f"base_model {base_model!r} cannot be loaded: it is neither 'tiny', nor a folder or GGUF file here, nor a hub "
+        f"id that can be reached ({first_line})"
     )
 
 
@@ -247,7 +272,12 @@ def _with_adapters(network: PreTrainedModel, lora: LoraSettings) -> Any:
 
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM"
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=targets,
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng():
         torch.manual_seed(lora.seed)
@@ -274,7 +304,7 @@ def _probe(policy: Policy) -> None:
         device = next(network.parameters()).device
         first, second = (torch.tensor([ids], device=device) for ids in ([1, 5, 3], [2, 4]))
         alone = torch.cat([policy.full_logits(ids).logits[0].float() for ids in (first, second)])
-        head = policy.causal_lm.get_output_embeddings()
+        head = _output_head(policy.causal_lm)
         if type(head) is nn.Linear:
             apart = torch.cat([policy.logits(policy.hidden(ids).last_hidden_state[0]) for ids in (first, second)])
             policy.has_linear_head = _close(apart, alone)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -48,12 +49,43 @@ class RawTotals(Metric):
         """Everything as floats; one transfer to the host."""
         summed, peaked = self.names
         values = torch.cat([self.sums.reshape(-1), self.maxima.reshape(-1)]).tolist() if any(self.names) else []
-        return dict(zip(summed, values, strict=False)) | dict(zip(peaked, values[len(values) - len(peaked) :], strict=True))
+        return dict(zip(summed, values, strict=False)) | dict(
+            zip(peaked, values[len(values) - len(peaked) :], strict=True)
+        )
 
     def reset(self) -> None:
         """Start the next call."""
         super().reset()
         self.names = ((), ())
+
+
+@dataclass(slots=True)
+class CallTotals:
+    """The raw totals of one call.
+
+    Attributes:
+        microbatches: what the objective returned.
+        mismatch: trainer against sampler, where both hold the same weights.
+        steps: what each optimizer step took.
+    """
+
+    microbatches: RawTotals = field(default_factory=RawTotals)
+    mismatch: RawTotals = field(default_factory=RawTotals)
+    steps: RawTotals = field(default_factory=RawTotals)
+
+    def reset(self, device: torch.device) -> None:
+        """Start the next call, on a device."""
+        for totals in (self.microbatches, self.mismatch, self.steps):
+            totals.to(device)
+            totals.reset()
+
+    def compute(self) -> dict[str, float]:
+        """Public metrics of the call, reduced over ranks."""
+        raw: dict[str, float] = {}
+        for totals in (self.microbatches, self.mismatch, self.steps):
+            if any(totals.names):
+                raw |= totals.compute()
+        return derive(raw)
 
 
 def mismatch(logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -110,5 +142,13 @@ def derive(raw: Mapping[str, float]) -> dict[str, float]:
 _RAW_NAMES = (
     *("loss_train", "loss_policy", "loss_kl", "loss_entropy", "step_count", "grad_norm", "learning_rate"),
     *("token_count", "ratio_sum", "ratio_square_sum", "ratio_max", "clip_low_count", "clip_high_count"),
-    *("mismatch_count", "mismatch_kl_sum", "mismatch_x", "mismatch_y", "mismatch_xx", "mismatch_yy", "mismatch_xy"),
+    *(
+        "mismatch_count",
+        "mismatch_kl_sum",
+        "mismatch_x",
+        "mismatch_y",
+        "mismatch_xx",
+        "mismatch_yy",
+        "mismatch_xy",
+    ),
 )

@@ -21,7 +21,7 @@ from fitrl.errors import InvalidArgumentError, UnsupportedError
 from fitrl.objective.fused_linear import fused_linear_policy_loss, linear_logprobs
 from fitrl.objective.objective import CustomObjective, LossInputs, Objective, PolicyLoss, policy_loss
 from fitrl.policy.loading import Policy, load_policy
-from fitrl.policy.metrics import RawTotals, derive, mismatch
+from fitrl.policy.metrics import CallTotals, derive, mismatch
 from fitrl.policy.model import TrainableModel
 
 
@@ -81,9 +81,7 @@ class PolicyModule(lightning.LightningModule):
         self._observed: list[dict[str, float]] = []
         self.last_grad_norm: Tensor | None = None
         self.last_loss: PolicyLoss | None = None
-        self.totals = RawTotals()
-        self.mismatch_totals = RawTotals()
-        self.step_totals = RawTotals()
+        self.totals = CallTotals()
         self.network: nn.Module | None = None
         self.placeholder: nn.Parameter | None = None
         self._compile = compile
@@ -116,6 +114,7 @@ class PolicyModule(lightning.LightningModule):
         if self._compile:
             for layer in _decoder_layers(policy):
                 layer.compile(dynamic=True)
+        network.train()
         self._policy, self.network = policy, network
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -135,7 +134,7 @@ class PolicyModule(lightning.LightningModule):
         """Loss of one microbatch under the objective in force, or another one."""
         objective = self.objective if objective is None else objective
         targets, policy = batch.loss_inputs, self.policy
-        common = {
+        common: dict[str, Any] = {
             "rollout_logprobs": targets.rollout_logprobs,
             "reference_logprobs": targets.reference_logprobs,
             "num_tokens": targets.num_tokens,
@@ -232,9 +231,7 @@ class PolicyModule(lightning.LightningModule):
         rows = rows if rows.dtype == torch.float64 else rows.float()
         return rows / targets.temperature[:, None]
 
-    def _logprob_rows(
-        self, batch: Batch, policy: Policy | None = None, *, rows_per_tile: int | None = None
-    ) -> Tensor:
+    def _logprob_rows(self, batch: Batch, policy: Policy | None = None, *, rows_per_tile: int | None = None) -> Tensor:
         policy = policy or self.policy
         targets = batch.loss_inputs
         if not policy.has_linear_head:
@@ -266,10 +263,10 @@ class PolicyModule(lightning.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int = 0) -> Tensor:
         """The microbatch's share of the loss of the whole optimizer step, times what Lightning divides by later."""
         result = self.compute_loss(batch)
-        self.totals.update(result.metrics)
+        self.totals.microbatches.update(result.metrics)
         if batch.measures_mismatch and result.logprobs is not None:
             targets = batch.loss_inputs
-            self.mismatch_totals.update(mismatch(result.logprobs, targets.rollout_logprobs, targets.mask))
+            self.totals.mismatch.update(mismatch(result.logprobs, targets.rollout_logprobs, targets.mask))
         self.last_loss = result
         return result.loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
@@ -288,7 +285,7 @@ class PolicyModule(lightning.LightningModule):
         self.last_grad_norm = torch.nn.utils.get_total_norm(grads)
         rate = torch.tensor(float(optimizer.param_groups[0]["lr"]), dtype=torch.float64)
         norm = self.last_grad_norm.detach()
-        self.step_totals.update(
+        self.totals.steps.update(
             {
                 "grad_norm": norm,
                 "learning_rate": rate.to(norm.device, non_blocking=True),
@@ -298,22 +295,23 @@ class PolicyModule(lightning.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Forget the last call's raw metrics."""
-        for totals in (self.totals, self.mismatch_totals, self.step_totals):
-            totals.to(self.device)
-            totals.reset()
+        self.totals.reset(self.device)
 
     def on_train_epoch_end(self) -> None:
-        """Reduce the raw metrics, derive the public ones, log them."""
-        raw: dict[str, float] = {}
-        for totals in (self.totals, self.mismatch_totals, self.step_totals):
-            if any(totals.names):
-                raw |= totals.compute()
+        """Reduce the raw metrics, derive the public ones, hand them to callbacks, progress bar and loggers."""
         custom = not isinstance(self.objective, Objective)
         exact = {} if custom else {"objective/exact": 1.0}
-        self.call_metrics = self.host_metrics | derive(raw) | exact
+        self.call_metrics = self.host_metrics | self.totals.compute() | exact
         self._observed.clear()
-        # what the trainer logs is what was measured on the device, and the rewards, which callbacks monitor
-        self.log_dict(self.call_metrics, prog_bar=False, on_step=False, on_epoch=True)
+        # these are Python floats that are reduced already; Module.log would make a metric object of each, every call
+        trainer = self.trainer
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.call_metrics.items()})
+        shown = ("reward/mean", "loss/train", "mismatch/kl")
+        trainer.progress_bar_metrics.update(
+            {name: self.call_metrics[name] for name in shown if name in self.call_metrics}
+        )
+        for logger in trainer.loggers:
+            logger.log_metrics(self.call_metrics, step=trainer.global_step)
 
     def configure_optimizers(self) -> Any:
         """AdamW, and the schedule as a factor on its learning rate."""
@@ -337,7 +335,7 @@ def _constant(step: int) -> float:
 
 def _decoder_layers(policy: Policy) -> list[nn.Module]:
     """The longest list of modules in the network: its decoder layers."""
-    lists = [module for module in policy.causal_lm.modules() if isinstance(module, nn.ModuleList)]
+    lists = [list(module) for module in policy.causal_lm.modules() if isinstance(module, nn.ModuleList)]
     if not lists:
         raise UnsupportedError(f"{type(policy.causal_lm).__name__} has no list of decoder layers to compile")
-    return list(max(lists, key=len))
+    return max(lists, key=len)

@@ -71,7 +71,9 @@ Agent: TypeAlias = Callable[[Chat, Any], Awaitable[Trajectory]]
 
 
 def prompt_ids(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message | Completion], tools: list[Tool] | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message | Completion],
+    tools: list[Tool] | None = None,
 ) -> list[int]:
     """Token ids to sample the next message after; the last completion's own ids are kept if they can be.
 
@@ -86,13 +88,13 @@ def prompt_ids(
     assert isinstance(last, Completion)
     if last.token_ids is None or last.prompt_ids is None:
         return rendered
-    seen = [*last.prompt_ids, *last.token_ids]
+    seen: list[int] = [*last.prompt_ids, *last.token_ids]
     if rendered[: len(seen)] == seen:
         return rendered
     text = str(tokenizer.decode(rendered))
     before = str(tokenizer.decode(seen))
     if text.startswith(before):
-        return seen + tokenizer.encode(text[len(before) :], add_special_tokens=False)
+        return seen + list(tokenizer.encode(text[len(before) :], add_special_tokens=False))
     return rendered
 
 
@@ -197,9 +199,7 @@ async def rollout_async(
         TrajectoryGroup([attempt(task, index * group_size + i) for i in range(group_size)])
         for index, task in enumerate(tasks)
     ]
-    return await gather(
-        groups, max_concurrency=max_concurrency, max_exceptions=max_exceptions, progress=progress
-    )
+    return await gather(groups, max_concurrency=max_concurrency, max_exceptions=max_exceptions, progress=progress)
 
 
 async def one_turn(chat: Chat, task: Task) -> Trajectory:
@@ -255,5 +255,7 @@ def run_blocking(work: Coroutine[Any, Any, _T]) -> _T:
 def _tokenizer(sampler: Sampler) -> PreTrainedTokenizerBase:
     tokenizer: PreTrainedTokenizerBase | None = getattr(sampler, "tokenizer", None)
     if tokenizer is None:
-        raise DataError(f"{type(sampler).__name__} has no tokenizer, which chat messages need; give it one as .tokenizer")
+        raise DataError(
+            f"{type(sampler).__name__} has no tokenizer, which chat messages need; give it one as .tokenizer"
+        )
     return tokenizer

@@ -251,9 +251,9 @@ class TransformersSampler:
         width = max(len(ids) for ids, _ in prompts)
         ids = torch.zeros(len(prompts), width, dtype=torch.int64)
         attention = torch.zeros(len(prompts), width, dtype=torch.int64)
-        for index, (prompt_ids, _) in enumerate(prompts):
-            ids[index, width - len(prompt_ids) :] = torch.tensor(prompt_ids)
-            attention[index, width - len(prompt_ids) :] = 1
+        for place, (prompt_ids, _) in enumerate(prompts):
+            ids[place, width - len(prompt_ids) :] = torch.tensor(prompt_ids)
+            attention[place, width - len(prompt_ids) :] = 1
         ids, attention = ids.to(device), attention.to(device)
         positions = (attention.cumsum(1) - 1).clamp(min=0)
         cache = DynamicCache(config=policy.causal_lm.config.get_text_config())
@@ -307,9 +307,7 @@ class TransformersSampler:
             row = rows[index]
             row.token_ids.append(token)
             row.logprobs.append(logprob)
-            if token in stop_ids:
-                row.finish_reason = "stop"
-            elif settings.stop and self._hit_stop(row, settings.stop):
+            if token in stop_ids or (settings.stop and self._hit_stop(row, settings.stop)):
                 row.finish_reason = "stop"
             elif len(row.token_ids) < row.max_tokens:
                 going.append(place)

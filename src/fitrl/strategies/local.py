@@ -60,9 +60,7 @@ class PolicyVerbs(Sticky):
         return loss
 
     @override
-    def optimizer_step(
-        self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any
-    ) -> Any:
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
         self._accumulated = 0
         return output
@@ -112,8 +110,7 @@ class PolicyVerbs(Sticky):
         self.optimizer_step(optimizer, lambda: nothing, module)
         for group, rate in zip(optimizer.param_groups, scheduled, strict=True):
             group["lr"] = rate
-        for config in self.lr_scheduler_configs:
-            config.scheduler.step()
+        _compat.step_schedulers(self)
         optimizer.zero_grad(set_to_none=True)
         _compat.advance_global_step(module.trainer)
         module.model.step = module.trainer.global_step
@@ -212,7 +209,10 @@ class PolicyVerbs(Sticky):
         for config in self.lr_scheduler_configs:
             scheduler: Any = config.scheduler
             scheduler.base_lrs = [learning_rate] * len(scheduler.base_lrs)
-            rates = [base * factor(scheduler.last_epoch) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+            rates = [
+                base * factor(scheduler.last_epoch)
+                for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            ]
             for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
                 group["initial_lr"] = learning_rate
                 group["lr"] = rate
@@ -267,7 +267,9 @@ def _fast_forward(scheduler: Any, step: int) -> None:
     """Put a fresh schedule where `step` optimizer steps would have brought it."""
     scheduler.last_epoch = step
     scheduler._step_count = step + 1
-    for group, base, factor in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+    for group, base, factor in zip(
+        scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+    ):
         group["lr"] = base * factor(step)
 
 
@@ -299,4 +301,3 @@ class LocalStrategy(PolicyVerbs, SingleDeviceStrategy):
             )
         self._root_device = torch.device(devices[0])
         self._given_device = True
-

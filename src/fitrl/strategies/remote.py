@@ -111,9 +111,7 @@ class RemoteStrategy(Sticky, SingleDeviceStrategy):
         return closure_loss.detach()
 
     @override
-    def optimizer_step(
-        self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any
-    ) -> Any:
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         output = closure()
         self._step(float(optimizer.param_groups[0]["lr"]))
         optimizer.step()  # the dummy parameter has no gradient; the schedule wants to see a step
@@ -164,8 +162,7 @@ class RemoteStrategy(Sticky, SingleDeviceStrategy):
         rate = float(optimizer.param_groups[0]["lr"]) if learning_rate is None else learning_rate
         grad_norm = self._step(rate)
         optimizer.step()
-        for config in self.lr_scheduler_configs:
-            config.scheduler.step()
+        _compat.step_schedulers(self)
         _compat.advance_global_step(module.trainer)
         return OptimStepResult(
             step=module.trainer.global_step,
@@ -234,8 +231,8 @@ class RemoteStrategy(Sticky, SingleDeviceStrategy):
         )
         for item, loss, metrics in zip(waiting, answer.losses, answer.metrics, strict=True):
             item.result.settle(loss, dict(metrics))
-            module.totals.update({name: torch.tensor(float(value)) for name, value in metrics.items()})
-        module.step_totals.update(
+            module.totals.microbatches.update({name: torch.tensor(float(value)) for name, value in metrics.items()})
+        module.totals.steps.update(
             {
                 "grad_norm": torch.tensor(answer.grad_norm),
                 "learning_rate": torch.tensor(learning_rate, dtype=torch.float64),

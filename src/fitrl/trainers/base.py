@@ -345,7 +345,8 @@ class RLTrainer(lightning.Trainer):
         on_main_thread = threading.current_thread() is threading.main_thread()
         handler = signal.getsignal(signal.SIGINT) if on_main_thread else None
         try:
-            self.fit(module, train_dataloaders=_Feed(feed))
+            with _compat.without_epoch_notes():
+                self.fit(module, train_dataloaders=_Feed(feed))
         except SystemExit as stop:
             # Lightning answers Ctrl-C by ignoring further ones and leaving the process
             if isinstance(stop.__context__, KeyboardInterrupt):
@@ -365,7 +366,7 @@ class RLTrainer(lightning.Trainer):
                 f"accumulate_grad_batches={self.accumulate_grad_batches} contradicts fit_rl, which sets it: bound "
                 "microbatches with max_tokens_per_microbatch, steps with num_minibatches"
             )
-        if self.limit_train_batches != 1.0 or self.overfit_batches:
+        if self.limit_train_batches != 1.0 or getattr(self, "overfit_batches", False):
             raise InvalidArgumentError(
                 "limit_train_batches, overfit_batches and fast_dev_run would leave out microbatches of a step; pass "
                 "fewer groups instead"
@@ -377,7 +378,7 @@ class RLTrainer(lightning.Trainer):
     def _check_max_steps(self, planned: int) -> None:
         if self.max_steps >= 0 and self.global_step + planned > self.max_steps:
             raise InvalidArgumentError(
-                f"max_steps={self.max_steps} is exhausted: step {self.global_step} and this call would take {planned} more"
+                f"max_steps={self.max_steps} is exhausted: this call would take {planned} more after {self.global_step}"
             )
 
     def _score(self, samples: SampleSet, settings: UpdateSettings) -> float | None:
@@ -404,9 +405,9 @@ class RLTrainer(lightning.Trainer):
         return float(torch.cat(gaps).double().mean())
 
     def _resolve_reference(self, reference: object) -> str | None:
-        """"base", or the checkpoint folder of a step or path."""
+        """Resolve a step or path to its checkpoint folder; "base" stays."""
         if reference is None or reference == "base":
-            return reference  # type: ignore[return-value]
+            return None if reference is None else "base"
         folder = (
             self._require_session().model.checkpoints_dir / f"{reference:04d}"
             if isinstance(reference, int)
@@ -423,7 +424,11 @@ class RLTrainer(lightning.Trainer):
         steps: list[list[Batch]] = []
         for epoch in range(settings.num_epochs):
             dealt = deal(
-                len(samples.groups), settings.num_minibatches, seed=settings.seed, step=self.global_step, epoch=epoch
+                len(samples.groups),
+                settings.num_minibatches,
+                seed=settings.seed,
+                step=self.global_step,
+                epoch=epoch,
             )
             for indices in dealt:
                 chosen = [sample for index in indices for sample in samples.groups[index]]
@@ -467,7 +472,13 @@ class RLTrainer(lightning.Trainer):
         if settings.verbose:
             numbers = "  ".join(
                 f"{key} {result.metrics[key]:.4g}"
-                for key in ("reward/mean", "loss/train", "loss/grad_norm", "mismatch/kl", "throughput/tokens_per_s")
+                for key in (
+                    "reward/mean",
+                    "loss/train",
+                    "loss/grad_norm",
+                    "mismatch/kl",
+                    "throughput/tokens_per_s",
+                )
                 if key in result.metrics
             )
             dropped = f"  dropped {result.dropped}" if result.dropped else ""

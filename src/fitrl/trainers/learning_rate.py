@@ -15,10 +15,11 @@ def reward_std_factor(history: Sequence[tuple[int, float]]) -> float:
     steps = [float(step) for step, _ in history]
     if len(set(steps)) < 2:
         return 1.0
-    slope, intercept = statistics.linear_regression(steps, [std for _, std in history])
+    line = statistics.linear_regression(steps, [std for _, std in history])
+    slope, intercept = float(line.slope), float(line.intercept)
     if intercept <= 0:
         return 1.0
-    return max(slope * steps[-1] + intercept, 0.0) / intercept
+    return float(max(slope * steps[-1] + intercept, 0.0) / intercept)
 
 
 def num_trajectories_factor(num_trajectories: int, power: float) -> float:

@@ -42,7 +42,12 @@ class UpdateSettings:
             raise InvalidArgumentError(f"learning_rate must be a finite number of at least 0, got {self.learning_rate}")
         if not -1.0 <= self.advantage_balance <= 1.0:
             raise InvalidArgumentError(f"advantage_balance must be in [-1, 1], got {self.advantage_balance}")
-        for name in ("num_minibatches", "num_epochs", "logprob_calculation_chunk_size", "max_tokens_per_microbatch"):
+        for name in (
+            "num_minibatches",
+            "num_epochs",
+            "logprob_calculation_chunk_size",
+            "max_tokens_per_microbatch",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidArgumentError(f"{name} must be at least 1, got {value}")
@@ -58,8 +63,8 @@ class UpdateSettings:
             and self.reference is None
         ):
             raise InvalidArgumentError(
-                f"logprob_calculation_chunk_size={self.logprob_calculation_chunk_size} has no effect without a pass that "
-                "needs no gradient: it goes with precalculate_logprobs=True or reference"
+                f"logprob_calculation_chunk_size={self.logprob_calculation_chunk_size} has no effect without a pass "
+                "that needs no gradient: it goes with precalculate_logprobs=True or reference"
             )
 
     def _check_objective(self) -> None:
@@ -77,11 +82,7 @@ class UpdateSettings:
             )
         if objective.kl_coef == 0 and self.reference is not None:
             raise InvalidArgumentError(f"reference={self.reference!r} has no effect with kl_coef=0")
-        if (
-            objective.kl_in == "advantage"
-            and self.allow_training_without_logprobs
-            and not self.precalculate_logprobs
-        ):
+        if objective.kl_in == "advantage" and self.allow_training_without_logprobs and not self.precalculate_logprobs:
             raise InvalidArgumentError(
                 "kl_in='advantage' compares the old policy with the reference; without rollout logprobs that needs "
                 "precalculate_logprobs=True"

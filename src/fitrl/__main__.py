@@ -1,0 +1,7 @@
+"""`python -m fitrl`."""
+
+import sys
+
+from fitrl.cli import main
+
+sys.exit(main())
