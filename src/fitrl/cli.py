@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="The bundled tiny policy learns single-digit addition. Each demo is a new run.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    demo.add_argument("--steps", type=_positive, default=150, help="optimizer steps")
+    demo.add_argument("--steps", type=_positive, default=200, help="optimizer steps")
     demo.add_argument("--seed", type=int, default=0, help="of the tasks drawn and of the sampling")
     demo.add_argument("--root", type=Path, default=Path(".fitrl"), help="folder of all projects")
     demo.add_argument("--no-progress", action="store_true", help="show no progress bar")

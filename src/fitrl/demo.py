@@ -70,7 +70,7 @@ def correct(task: dict[str, str], trajectory: Trajectory) -> float:
     return float(trajectory.completions()[-1].text == task["answer"])
 
 
-def run(*, steps: int = 150, seed: int = 0, root: Path | None = None, progress: bool = True) -> DemoResult:
+def run(*, steps: int = 200, seed: int = 0, root: Path | None = None, progress: bool = True) -> DemoResult:
     """Teach the tiny policy to add.
 
     Args:
@@ -98,11 +98,12 @@ def run(*, steps: int = 150, seed: int = 0, root: Path | None = None, progress: 
         TimeElapsedColumn(),
     )
     bar = Progress(*columns, console=Console(stderr=True), disable=not progress)
-    with LocalTrainer(accelerator="cpu", devices=1, enable_model_summary=False) as trainer, bar:
+    trainer = LocalTrainer(accelerator="cpu", devices=1, gradient_clip_val=1.0, enable_model_summary=False)
+    with trainer, bar:
         shown = bar.add_task("demo", total=steps, reward=0.0)
         for step in range(1, steps + 1):
             groups = rollout(
-                trainer.sampler(model), draw.sample(TASKS, 32), reward=correct, group_size=8, max_new_tokens=4
+                trainer.sampler(model), draw.sample(TASKS, 50), reward=correct, group_size=8, max_new_tokens=4
             )
             result = trainer.fit_rl(
                 model, groups, learning_rate=3e-4, save_checkpoint=step % _SAVE_EVERY == 0 or step == steps

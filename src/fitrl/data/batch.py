@@ -8,7 +8,7 @@ All histories of a trajectory share a microbatch, because sequence-level ratios 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -139,6 +139,23 @@ class Batch:
         for name in ("rows", "trajectory_ids", "mask"):
             first[name] = torch.zeros_like(first[name])
         return Batch(inputs, LossTargets(**first))
+
+
+class Feed:
+    """Microbatches as Lightning's loops want them: `trainer.fit(module, Feed(batches))`.
+
+    Sized, because Lightning fetches one batch ahead of a loader without a length, and no list, because a list is a
+    list of loaders to it.
+    """
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self._batches)
 
 
 def _to(tensors: _Tensors, device: torch.device | str, non_blocking: bool) -> _Tensors:

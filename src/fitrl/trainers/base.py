@@ -27,7 +27,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
 from fitrl import _compat
-from fitrl.data.batch import Batch, deal, pack
+from fitrl.data.batch import Batch, Feed, deal, pack
 from fitrl.data.groups import TrajectoryGroup
 from fitrl.data.samples import Sample, SampleSet, build_samples
 from fitrl.errors import (
@@ -346,7 +346,7 @@ class RLTrainer(lightning.Trainer):
         handler = signal.getsignal(signal.SIGINT) if on_main_thread else None
         try:
             with _compat.without_epoch_notes():
-                self.fit(module, train_dataloaders=_Feed(feed))
+                self.fit(module, train_dataloaders=Feed(feed))
         except SystemExit as stop:
             # Lightning answers Ctrl-C by ignoring further ones and leaving the process
             if isinstance(stop.__context__, KeyboardInterrupt):
@@ -484,19 +484,6 @@ class RLTrainer(lightning.Trainer):
             dropped = f"  dropped {result.dropped}" if result.dropped else ""
             print(f"{self.backend} step {result.step}  {numbers}{dropped}", file=sys.stderr)
         return result
-
-
-class _Feed:
-    """A sized, re-iterable loader: without a length Lightning would fetch one microbatch ahead."""
-
-    def __init__(self, batches: Sequence[Batch]) -> None:
-        self._batches = batches
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __iter__(self) -> Any:
-        return iter(self._batches)
 
 
 class _SummaryOnce(ModelSummary):

@@ -24,4 +24,4 @@ def reward_std_factor(history: Sequence[tuple[int, float]]) -> float:
 
 def num_trajectories_factor(num_trajectories: int, power: float) -> float:
     """(trajectories trained on) ** power; 1 with power 0."""
-    return float(num_trajectories) ** power
+    return float(float(num_trajectories) ** power)

@@ -1,0 +1,88 @@
+"""Fixtures of all tests: one thread, the bundled policy, and a check that a test leaves nothing behind."""
+
+from __future__ import annotations
+
+import copy
+import os
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from transformers import PreTrainedTokenizerBase
+
+from fitrl.policy.loading import Policy, load_policy
+
+settings.register_profile(
+    "fitrl",
+    deadline=None,
+    derandomize=True,
+    max_examples=30,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("fitrl")
+
+# libraries set these once, when they are first imported or used
+_ALLOWED_ENVIRONMENT = {
+    "CRC32C_SW_MODE",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "CUDA_MODULE_LOADING",
+    "KMP_DUPLICATE_LIB_OK",
+    "KMP_INIT_AT_FORK",
+    "PYTEST_CURRENT_TEST",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "TRITON_CACHE_DIR",
+    "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR",
+}
+_THREAD_GRACE_S = 5.0
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Compute on one thread: tiny tensors are slower on several."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Fail a test that leaves an environment variable changed or a non-daemon thread running."""
+    environment = dict(os.environ)
+    threads = set(threading.enumerate())
+    yield
+    changed = {
+        name
+        for name in environment.keys() | os.environ.keys()
+        if environment.get(name) != os.environ.get(name) and name not in _ALLOWED_ENVIRONMENT
+    }
+    for name in changed:
+        if name in environment:
+            os.environ[name] = environment[name]
+        else:
+            del os.environ[name]
+    left = [thread for thread in threading.enumerate() if thread not in threads and not thread.daemon]
+    for thread in left:
+        thread.join(_THREAD_GRACE_S)  # one that is about to end may do so
+    running = [thread.name for thread in left if thread.is_alive()]
+    assert not changed, f"the test changed environment variables: {sorted(changed)}"
+    assert not running, f"the test left threads running: {running}"
+
+
+@pytest.fixture(scope="session")
+def tiny_policy() -> Policy:
+    """The bundled policy, shared by all tests: read it, do not change it."""
+    policy = load_policy("tiny")
+    policy.network.eval()
+    return policy
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tiny_policy: Policy) -> PreTrainedTokenizerBase:
+    """The bundled policy's tokenizer, shared by all tests: a byte is a token, and six special ones."""
+    return tiny_policy.tokenizer
+
+
+@pytest.fixture
+def fresh_policy(tiny_policy: Policy) -> Policy:
+    """A copy of the bundled policy that a test may change."""
+    return copy.deepcopy(tiny_policy)
