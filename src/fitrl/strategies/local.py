@@ -91,7 +91,7 @@ class PolicyVerbs(Sticky):
         result = module.last_loss
         assert result is not None  # training_step has just set it
         return ForwardBackwardResult(
-            loss=float(result.loss), metrics={name: float(value) for name, value in result.metrics.items()}
+            loss=float(result.loss.detach()), metrics={name: float(value) for name, value in result.metrics.items()}
         )
 
     def optim_step(self, *, learning_rate: float | None = None) -> OptimStepResult:

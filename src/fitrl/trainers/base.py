@@ -209,6 +209,20 @@ class RLTrainer(lightning.Trainer):
             )
         return session.sampler
 
+    def validate(
+        self,
+        model: lightning.LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
+        datamodule: lightning.LightningDataModule | None = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """Lightning's `validate`; without a model it validates the open one as it is now, not a checkpoint of it."""
+        if model is None and ckpt_path is None and self._session is not None:
+            model = self._session.module
+        return super().validate(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+
     def close(self) -> None:
         """Tear down and free the device. What was not saved is gone: `fit_rl` saves unless told not to."""
         self._release()
