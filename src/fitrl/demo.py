@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-import lightning
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -83,7 +82,7 @@ def run(*, steps: int = 200, seed: int = 0, root: Path | None = None, progress: 
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")
-    lightning.seed_everything(seed, verbose=False)
+    torch.manual_seed(seed)
     model = TrainableModel(
         name=f"adder-{datetime.now():%Y%m%d-%H%M%S-%f}", project="demo", base_model="tiny", lora=None, root=root
     )
