@@ -159,9 +159,7 @@ def gradient(
     here = policy_loss(p, *rest, **keywords).branches
     by_logprob: list[float | None] = []
     for t in range(len(p)):
-        above, below = (
-            policy_loss(moved(p, t, sign * step), *rest, **keywords, fixed=p) for sign in (1, -1)
-        )
+        above, below = (policy_loss(moved(p, t, sign * step), *rest, **keywords, fixed=p) for sign in (1, -1))
         smooth = above.branches == here == below.branches
         by_logprob.append((above.loss - below.loss) / (2 * step) if smooth else None)
     by_entropy = []
@@ -169,8 +167,7 @@ def gradient(
     if entropies is not None:
         for t in range(len(p)):
             above, below = (
-                policy_loss(p, *rest, **keywords, entropies=moved(entropies, t, sign * 0.5)).loss
-                for sign in (1, -1)
+                policy_loss(p, *rest, **keywords, entropies=moved(entropies, t, sign * 0.5)).loss for sign in (1, -1)
             )
             by_entropy.append(above - below)
     return by_logprob, by_entropy

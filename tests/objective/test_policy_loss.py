@@ -729,9 +729,7 @@ def test_kl_and_entropy_are_measured_wherever_their_inputs_are_given() -> None:
     case.mask = [True] * 6
     metrics = run(case.inputs(), {}).metrics
     assert metrics["loss_entropy"].item() == pytest.approx(sum(case.h) / 6)
-    assert metrics["loss_kl"].item() == pytest.approx(
-        sum(q - ref for q, ref in zip(case.q, case.ref, strict=True)) / 6
-    )
+    assert metrics["loss_kl"].item() == pytest.approx(sum(q - ref for q, ref in zip(case.q, case.ref, strict=True)) / 6)
     inputs = case.inputs()
     for name in ("entropies", "reference_logprobs", "rollout_logprobs"):
         del inputs[name]

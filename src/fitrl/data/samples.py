@@ -42,6 +42,11 @@ class Sample:
     num_input_tokens: int = field(init=False)
     num_trainable_tokens: int = field(init=False)
 
+    @property
+    def mask(self) -> Tensor:
+        """[T] bool over the histories' tokens in order."""
+        return torch.cat([history.mask for history in self.histories])
+
     def __post_init__(self) -> None:
         self.old_logprobs = torch.cat([history.logprobs for history in self.histories])
         # the last token of a history predicts nothing, so it is not an input
@@ -68,6 +73,11 @@ class SampleSet:
     metrics: dict[str, float]
     full_support: bool
     reward_std: float
+
+    @property
+    def num_trajectories(self) -> int:
+        """Trajectories in the trainable groups."""
+        return sum(map(len, self.groups))
 
 
 def build_samples(

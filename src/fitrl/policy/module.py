@@ -85,7 +85,7 @@ class PolicyModule(lightning.LightningModule):
         self.network: nn.Module | None = None
         self.placeholder: nn.Parameter | None = None
         self._compile = compile
-        self._activation_checkpointing = activation_checkpointing
+        self.activation_checkpointing = activation_checkpointing
         self._policy: Policy | None = None
         self._reference: tuple[str, Policy] | None = None
 
@@ -107,7 +107,7 @@ class PolicyModule(lightning.LightningModule):
             return
         policy = load_policy(self.model.base_model, self.model.lora)
         network: Any = policy.network
-        if self._activation_checkpointing:
+        if self.activation_checkpointing:
             network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             if policy.is_adapter:
                 network.enable_input_require_grads()

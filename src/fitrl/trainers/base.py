@@ -6,8 +6,6 @@ logprobs -> minibatches and microbatches -> one Lightning epoch -> checkpoint ->
 
 from __future__ import annotations
 
-import functools
-import inspect
 import signal
 import sys
 import threading
@@ -24,18 +22,15 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Checkpoint, ModelSummary
 from lightning.pytorch.strategies import Strategy
-from torch import Tensor
 
 from fitrl import _compat
-from fitrl.data.batch import Batch, Feed, deal, pack
+from fitrl.data.batch import Feed
 from fitrl.data.groups import TrajectoryGroup
-from fitrl.data.samples import Sample, SampleSet, build_samples
+from fitrl.data.samples import build_samples
 from fitrl.errors import (
-    CheckpointError,
     DataError,
     InvalidArgumentError,
     SessionError,
-    UnknownArgumentError,
 )
 from fitrl.objective.objective import ImportanceSamplingLevel
 from fitrl.policy.model import TrainableModel
@@ -45,11 +40,10 @@ from fitrl.protocols.results import LocalTrainResult, TrainResult
 from fitrl.protocols.verbs import PolicyTrainer
 from fitrl.rollout.sampler import Sampler
 from fitrl.rollout.transformers import TransformersSampler
-from fitrl.strategies.local import PolicyVerbs
+from fitrl.strategies.verbs import PolicyVerbs
 from fitrl.trainers.learning_rate import num_trajectories_factor, reward_std_factor
-from fitrl.trainers.settings import UpdateSettings
-
-_CPU_TOKENS = 8192
+from fitrl.trainers.plan import Plan, plan_call
+from fitrl.trainers.settings import UpdateSettings, naming_the_backend
 
 
 @dataclass(slots=True)
@@ -86,7 +80,7 @@ class RLTrainer(lightning.Trainer):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "fit_rl" in cls.__dict__:
-            cls.fit_rl = _naming_the_backend(cls.__dict__["fit_rl"])  # type: ignore[method-assign]
+            cls.fit_rl = naming_the_backend(cls.__dict__["fit_rl"])  # type: ignore[method-assign]
 
     def __init__(
         self,
@@ -303,23 +297,20 @@ class RLTrainer(lightning.Trainer):
         sampler = session.sampler
         with sampler.lock if sampler is not None else nullcontext():
             start = time.perf_counter()
-            module.logprob_chunk_size = settings.logprob_calculation_chunk_size
-            kl_mean = self._score(samples, settings)
-            feed, accumulate = self._microbatches(samples, settings, kl_mean)
-            self._check_max_steps(len(feed) // accumulate)
-            flat = [sample for group in samples.groups for sample in group]
+            plan = plan_call(samples, settings, self.verbs)
+            self._check_max_steps(plan.num_steps)
             rate = settings.learning_rate * num_trajectories_factor(
-                len(flat), settings.num_trajectories_learning_rate_multiplier_power
+                samples.num_trajectories, settings.num_trajectories_learning_rate_multiplier_power
             )
             if settings.scale_learning_rate_by_reward_std_dev:
                 rate *= reward_std_factor(history)
             if self.strategy.root_device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.strategy.root_device)
             before = self.global_step
-            module.host_metrics = samples.metrics | _packing_metrics(feed)
+            module.host_metrics = samples.metrics | plan.metrics
             module.objective = settings.objective
             self.verbs.set_learning_rate(rate)
-            self._run_epoch(module, feed, accumulate)
+            self._run_epoch(module, plan)
             module.reward_history = history
             model.step = self.global_step
             seconds = time.perf_counter() - start
@@ -328,7 +319,7 @@ class RLTrainer(lightning.Trainer):
         elif sampler is not None:
             sampler.update((), self.global_step)
         if settings.plot_tensors:
-            plot_batches(feed[:accumulate], model.run_dir / "plots" / f"{self.global_step:04d}.png")
+            plot_batches(plan.batches[: plan.accumulate], model.run_dir / "plots" / f"{self.global_step:04d}.png")
         start = time.perf_counter()
         checkpoint = None
         if settings.save_checkpoint:
@@ -352,15 +343,15 @@ class RLTrainer(lightning.Trainer):
             ),
         )
 
-    def _run_epoch(self, module: PolicyModule, feed: Sequence[Batch], accumulate: int) -> None:
+    def _run_epoch(self, module: PolicyModule, plan: Plan) -> None:
         """One Lightning epoch over the microbatches."""
-        self.accumulate_grad_batches = accumulate
+        self.accumulate_grad_batches = plan.accumulate
         _compat.allow_one_more_epoch(self)
         on_main_thread = threading.current_thread() is threading.main_thread()
         handler = signal.getsignal(signal.SIGINT) if on_main_thread else None
         try:
             with _compat.without_epoch_notes():
-                self.fit(module, train_dataloaders=Feed(feed))
+                self.fit(module, train_dataloaders=Feed(plan.batches))
         except SystemExit as stop:
             # Lightning answers Ctrl-C by ignoring further ones and leaving the process
             if isinstance(stop.__context__, KeyboardInterrupt):
@@ -395,93 +386,6 @@ class RLTrainer(lightning.Trainer):
                 f"max_steps={self.max_steps} is exhausted: this call would take {planned} more after {self.global_step}"
             )
 
-    def _score(self, samples: SampleSet, settings: UpdateSettings) -> float | None:
-        """Recompute old logprobs and compute the reference's, before the first gradient step of the call."""
-        reference = self._resolve_reference(settings.reference)
-        if not settings.precalculate_logprobs and reference is None:
-            return None
-        flat = [sample for group in samples.groups for sample in group]
-        for batch in pack(flat, max_tokens=self._max_tokens(flat, settings), **self._layout()):
-            if settings.precalculate_logprobs:
-                columns = _scatter(self.verbs.score(batch, None), batch, flat)
-                for index, column in columns:
-                    flat[index].old_logprobs = column
-            if reference is not None:
-                for index, column in _scatter(self.verbs.score(batch, reference), batch, flat):
-                    flat[index].reference_logprobs = column
-        if reference is None:
-            return None
-        gaps = [
-            (sample.old_logprobs - sample.reference_logprobs)[_mask(sample)]
-            for sample in flat
-            if sample.reference_logprobs is not None
-        ]
-        return float(torch.cat(gaps).double().mean())
-
-    def _resolve_reference(self, reference: object) -> str | None:
-        """Resolve a step or path to its checkpoint folder; "base" stays."""
-        if reference is None or reference == "base":
-            return None if reference is None else "base"
-        folder = (
-            self._require_session().model.checkpoints_dir / f"{reference:04d}"
-            if isinstance(reference, int)
-            else Path(str(reference))
-        )
-        if not folder.is_dir():
-            raise CheckpointError(f"reference={reference!r}: there is no checkpoint folder {folder}")
-        return str(folder)
-
-    def _microbatches(
-        self, samples: SampleSet, settings: UpdateSettings, kl_mean: float | None
-    ) -> tuple[list[Batch], int]:
-        """All microbatches of the call in order, and how many make one optimizer step."""
-        steps: list[list[Batch]] = []
-        for epoch in range(settings.num_epochs):
-            dealt = deal(
-                len(samples.groups),
-                settings.num_minibatches,
-                seed=settings.seed,
-                step=self.global_step,
-                epoch=epoch,
-            )
-            for indices in dealt:
-                chosen = [sample for index in indices for sample in samples.groups[index]]
-                steps.append(
-                    pack(
-                        chosen,
-                        max_tokens=self._max_tokens(chosen, settings),
-                        kl_mean=kl_mean,
-                        skip_zero_advantage=settings.skips_zero_advantage,
-                        measures_mismatch=not steps,
-                        **self._layout(),
-                    )
-                )
-        accumulate = max(map(len, steps))
-        for batches in steps:
-            batches += [batches[0].filler() for _ in range(accumulate - len(batches))]
-        return [batch for batches in steps for batch in batches], accumulate
-
-    def _layout(self) -> dict[str, Any]:
-        policy = self._require_session().module.policy
-        return {"layout": "auto" if policy.can_pack else "padded", "hidden_size": policy.hidden_size}
-
-    def _max_tokens(self, samples: Sequence[Sample], settings: UpdateSettings) -> int:
-        """Positions in a microbatch: as told, else what is likely to fit beside the weights."""
-        if settings.max_tokens_per_microbatch is not None:
-            return settings.max_tokens_per_microbatch
-        longest = max(sample.num_input_tokens for sample in samples)
-        device = self.strategy.root_device
-        if device.type != "cuda":
-            return max(longest, _CPU_TOKENS)
-        policy = self._require_session().module.policy
-        free = torch.cuda.mem_get_info(device)[0] + (
-            torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        )
-        # activations of a decoder layer: about 34 H two-byte values a token (Korthikanti et al. 2022), doubled for
-        # float32 residuals; only 2 H of them with checkpointing
-        values = (4 if self._activation_checkpointing else 68) * policy.hidden_size * policy.num_layers
-        return max(longest, min(int(0.5 * free / (2 * values)), 65536))
-
     def _report(self, settings: UpdateSettings, result: LocalTrainResult) -> LocalTrainResult:
         if settings.verbose:
             numbers = "  ".join(
@@ -509,45 +413,3 @@ class _SummaryOnce(ModelSummary):
         if pl_module is not self._summarised:
             self._summarised = pl_module  # type: ignore[assignment]
             super().on_fit_start(trainer, pl_module)
-
-
-def _naming_the_backend(fit_rl: Callable[..., Any]) -> Callable[..., Any]:
-    """Turn a call with arguments that `fit_rl` does not take into an error that names the backend."""
-    signature = inspect.signature(fit_rl)
-    keywords = [name for name, parameter in signature.parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
-
-    @functools.wraps(fit_rl)
-    def checked(self: RLTrainer, /, *args: Any, **kwargs: Any) -> Any:
-        unknown = [name for name in kwargs if name not in signature.parameters]
-        if unknown:
-            raise UnknownArgumentError(
-                f"{type(self).__name__}.fit_rl() takes no {', '.join(map(repr, unknown))}; beside model and groups the "
-                f"backend {self.backend!r} takes: {', '.join(keywords)}"
-            )
-        return fit_rl(self, *args, **kwargs)
-
-    return checked
-
-
-def _mask(sample: Sample) -> Tensor:
-    return torch.cat([history.mask for history in sample.histories])
-
-
-def _scatter(logprobs: Tensor, batch: Batch, samples: Sequence[Sample]) -> list[tuple[int, Tensor]]:
-    """Logprobs [R] of a batch's rows back to [T] columns of its samples; NaN where nothing was predicted."""
-    columns: list[tuple[int, Tensor]] = []
-    start = 0
-    for index in batch.members:
-        mask = _mask(samples[index])
-        column = torch.full(mask.shape, torch.nan, dtype=logprobs.dtype)
-        count = samples[index].num_trainable_tokens
-        column[mask] = logprobs[start : start + count]
-        start += count
-        columns.append((index, column))
-    return columns
-
-
-def _packing_metrics(feed: Sequence[Batch]) -> dict[str, float]:
-    tokens = sum(batch.num_input_tokens for batch in feed)
-    positions = sum(batch.num_positions for batch in feed)
-    return {"data/padding_fraction": 1.0 - tokens / positions, "data/shared_prefix_tokens_saved": 0.0}

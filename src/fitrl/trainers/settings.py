@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
-from fitrl.errors import InvalidArgumentError
+from fitrl.errors import InvalidArgumentError, UnknownArgumentError
 from fitrl.objective.objective import CustomObjective, Objective
 
 Reference: TypeAlias = Literal["base"] | int | str | Path
@@ -123,3 +126,21 @@ def choose_objective(custom: CustomObjective | None, built: Objective) -> Object
     if beside:
         raise InvalidArgumentError(f"a custom objective takes no other loss option; remove {', '.join(beside)}")
     return custom
+
+
+def naming_the_backend(fit_rl: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn a call with arguments that `fit_rl` does not take into an error that names the backend."""
+    signature = inspect.signature(fit_rl)
+    keywords = [name for name, parameter in signature.parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
+
+    @functools.wraps(fit_rl)
+    def checked(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+        unknown = [name for name in kwargs if name not in signature.parameters]
+        if unknown:
+            raise UnknownArgumentError(
+                f"{type(self).__name__}.fit_rl() takes no {', '.join(map(repr, unknown))}; beside model and groups the "
+                f"backend {self.backend!r} takes: {', '.join(keywords)}"
+            )
+        return fit_rl(self, *args, **kwargs)
+
+    return checked

@@ -1,0 +1,272 @@
+"""The verbs of strategies that train in this process: `Trains`, `Scores` and `ExportsWeights`.
+
+They are Lightning's own hooks, driven by hand: `forward_backward` is `training_step` and `backward`,
+`optim_step` is `optimizer_step` with Lightning's clipping. There is no second code path.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from fitrl import _compat
+from fitrl.data.batch import Batch
+from fitrl.errors import CheckpointError, InvalidArgumentError, NothingAccumulatedError, SessionError
+from fitrl.objective.objective import CustomObjective, Objective
+from fitrl.policy import checkpoints
+from fitrl.policy.loading import load_weights, save_weights
+from fitrl.policy.module import PolicyModule
+from fitrl.protocols.results import (
+    ForwardBackwardResult,
+    OptimStepResult,
+    TokenLogprobs,
+    TrainerConfig,
+    TrainerStatus,
+)
+from fitrl.strategies.sticky import Sticky
+
+
+class PolicyVerbs(Sticky):
+    """`Trains`, `Scores` and `ExportsWeights` on top of a Lightning strategy that trains in this process."""
+
+    _accumulated: int = 0
+
+    @property
+    def policy_module(self) -> PolicyModule:
+        """The module that is set up.
+
+        Raises:
+            SessionError: none is.
+        """
+        module = self.lightning_module
+        if not isinstance(module, PolicyModule) or not self.is_live:
+            raise SessionError("no model is open: call trainer.open(model) or trainer.fit_rl(model, groups) first")
+        return module
+
+    # -- Lightning's hooks, counted -----------------------------------------------------------------------------
+
+    @override
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().backward(closure_loss, optimizer, *args, **kwargs)
+        self._accumulated += 1
+        return loss
+
+    @override
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        self._accumulated = 0
+        return output
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        self._accumulated = 0
+
+    # -- Trains -------------------------------------------------------------------------------------------------
+
+    def forward_backward(
+        self, batch: Batch, objective: Objective | CustomObjective | None = None
+    ) -> ForwardBackwardResult:
+        """Add the gradient of one microbatch; see `Trains`."""
+        module = self.policy_module
+        in_force, module.objective = module.objective, module.objective if objective is None else objective
+        try:
+            batch = self.batch_to_device(batch)
+            with torch.enable_grad():
+                output: Any = self.training_step(batch, self._accumulated)
+            self.backward(output / module.trainer.accumulate_grad_batches, None)
+        except BaseException:
+            self.clear_gradients()
+            raise
+        finally:
+            module.objective = in_force
+        result = module.last_loss
+        assert result is not None  # training_step has just set it
+        return ForwardBackwardResult(
+            loss=float(result.loss.detach()), metrics={name: float(value) for name, value in result.metrics.items()}
+        )
+
+    def optim_step(self, *, learning_rate: float | None = None) -> OptimStepResult:
+        """Clip, step, advance the schedule, clear; see `Trains`."""
+        module = self.policy_module
+        accumulated = self._accumulated
+        if not accumulated:
+            raise NothingAccumulatedError("optim_step before any forward_backward: there is no gradient to step with")
+        optimizer = _compat.raw_optimizer(self)
+        scheduled = [group["lr"] for group in optimizer.param_groups]
+        if learning_rate is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+        used = float(optimizer.param_groups[0]["lr"])
+        nothing = torch.zeros(())
+        self.optimizer_step(optimizer, lambda: nothing, module)
+        for group, rate in zip(optimizer.param_groups, scheduled, strict=True):
+            group["lr"] = rate
+        _compat.step_schedulers(self)
+        optimizer.zero_grad(set_to_none=True)
+        _compat.advance_global_step(module.trainer)
+        module.model.step = module.trainer.global_step
+        norm = module.last_grad_norm
+        return OptimStepResult(
+            step=module.trainer.global_step,
+            learning_rate=used,
+            grad_norm=float(norm) if norm is not None else 0.0,
+            accumulated_microbatches=accumulated,
+        )
+
+    def clear_gradients(self) -> None:
+        """Forget what was accumulated."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        self._accumulated = 0
+
+    def save(self, name: str | None = None, path: str | None = None, weights_only: bool = False) -> str:
+        """Save to `<run>/checkpoints/<name>` (default: the step, four digits), or to `path`.
+
+        Raises:
+            CheckpointError: it could not be written.
+            InvalidArgumentError: both a name and a path, or a name that is no folder name.
+        """
+        module = self.policy_module
+        if name is not None and path is not None:
+            raise InvalidArgumentError(f"give a name or a path, not both (name={name!r}, path={path!r})")
+        if name is not None and (not name or Path(name).name != name or name.startswith(".")):
+            raise InvalidArgumentError(f"name must be a plain folder name, got {name!r}")
+        step = module.trainer.global_step
+        folder = Path(path) if path is not None else module.model.checkpoints_dir / (name or f"{step:04d}")
+        manifest = checkpoints.Manifest(
+            step=step,
+            base_model=module.model.base_model,
+            adapter=module.policy.is_adapter,
+            weights_only=weights_only,
+        )
+        state = None if weights_only else self._state()
+        checkpoints.write(folder, manifest, lambda to: save_weights(module.policy, to), state)
+        return str(folder)
+
+    def load(self, path: str | None = None) -> str:
+        """Load a checkpoint folder; None: the run's newest.
+
+        Raises:
+            CheckpointError: there is none, it is not whole, or it belongs to another kind of policy.
+        """
+        module = self.policy_module
+        found = [Path(path)] if path is not None else module.model.checkpoints()[-1:]
+        if not found:
+            raise CheckpointError(f"{module.model.checkpoints_dir} holds no checkpoint yet")
+        [folder] = found
+        manifest, state = checkpoints.read(folder)
+        if manifest.adapter != module.policy.is_adapter or manifest.base_model != module.model.base_model:
+            kind = "adapters" if manifest.adapter else "full weights"
+            raise CheckpointError(
+                f"{folder} holds {kind} of {manifest.base_model!r}, the open model is {module.model!r}; use the same "
+                "lora and base_model, or another name"
+            )
+        load_weights(module.policy, folder)
+        self.clear_gradients()
+        if state is None:
+            self.setup_optimizers(module.trainer)
+            for config in self.lr_scheduler_configs:
+                _fast_forward(config.scheduler, manifest.step)
+        else:
+            self._restore(state)
+        _compat.set_global_step(module.trainer, manifest.step)
+        module.model.step = manifest.step
+        return str(folder)
+
+    def get_config(self) -> TrainerConfig:
+        """What does not change while the policy lives."""
+        module = self.policy_module
+        trainer = module.trainer
+        return TrainerConfig(
+            backend=type(self).__name__,
+            base_model=module.model.base_model,
+            lora_rank=None if module.model.lora is None else module.model.lora.rank,
+            precision=str(trainer.precision),
+            world_size=trainer.world_size,
+            gradient_clip_val=trainer.gradient_clip_val,
+        )
+
+    def get_status(self) -> TrainerStatus:
+        """Where the policy stands."""
+        module = self.policy_module
+        return TrainerStatus(
+            step=module.trainer.global_step,
+            accumulated_microbatches=self._accumulated,
+            learning_rate=float(_compat.raw_optimizer(self).param_groups[0]["lr"]),
+        )
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Set the rate that the schedule multiplies; Lightning's scheduler would overwrite a plain `lr`."""
+        for config in self.lr_scheduler_configs:
+            scheduler: Any = config.scheduler
+            scheduler.base_lrs = [learning_rate] * len(scheduler.base_lrs)
+            rates = [
+                base * factor(scheduler.last_epoch)
+                for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            ]
+            for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+                group["initial_lr"] = learning_rate
+                group["lr"] = rate
+
+    # -- Scores, ExportsWeights ---------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch) -> TokenLogprobs:
+        """Logprobs of the batch's targets, without a gradient."""
+        return TokenLogprobs(logprobs=self.score(batch, None))
+
+    def score(self, batch: Batch, reference: str | None) -> Tensor:
+        """Logprobs [R] on CPU under the policy (None) or a reference policy."""
+        module = self.policy_module
+        batch = self.batch_to_device(batch)
+        with self.precision_plugin.forward_context():
+            logprobs = module.score(batch) if reference is None else module.reference_score(batch, reference)
+        return logprobs.cpu()
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The trained weights under the names of a saved checkpoint."""
+        yield from self.policy_module.named_weights()
+
+    # -- resumable state ----------------------------------------------------------------------------------------
+
+    def _state(self) -> dict[str, Any]:
+        """Everything beside the weights that the next step depends on; primitives and tensors only."""
+        module = self.policy_module
+        cuda = [torch.cuda.get_rng_state(self.root_device)] if self.root_device.type == "cuda" else []
+        return {
+            "optimizer": _compat.raw_optimizer(self).state_dict(),
+            "schedulers": [config.scheduler.state_dict() for config in self.lr_scheduler_configs],
+            "precision": self.precision_plugin.state_dict(),
+            "rng": {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()},
+            "reward_history": list(module.reward_history),
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        _compat.raw_optimizer(self).load_state_dict(state["optimizer"])
+        for config, saved in zip(self.lr_scheduler_configs, state["schedulers"], strict=True):
+            config.scheduler.load_state_dict(saved)
+        self.precision_plugin.load_state_dict(state["precision"])
+        torch.set_rng_state(state["rng"]["torch"])
+        for rng in state["rng"]["cuda"]:
+            if self.root_device.type == "cuda":
+                torch.cuda.set_rng_state(rng, self.root_device)
+        version, internal, gauss = state["rng"]["python"]
+        random.setstate((version, tuple(internal), gauss))
+        self.policy_module.reward_history = [(int(step), float(std)) for step, std in state["reward_history"]]
+
+
+def _fast_forward(scheduler: Any, step: int) -> None:
+    """Put a fresh schedule where `step` optimizer steps would have brought it."""
+    scheduler.last_epoch = step
+    scheduler._step_count = step + 1
+    for group, base, factor in zip(
+        scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+    ):
+        group["lr"] = base * factor(step)
