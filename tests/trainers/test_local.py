@@ -1,6 +1,7 @@
 """`LocalTrainer.fit_rl` from end to end on the bundled policy."""
 
 import random
+import signal
 import threading
 
 import lightning
@@ -451,3 +452,22 @@ def test_logprobs_stay_float32_under_every_precision(precision, model) -> None:
     assert seen[0].dtype == torch.float32
     assert torch.equal(seen[0].sort().values, told.sort().values)
     assert low.metrics["mismatch/kl"] == pytest.approx(exact, abs=0.05)
+
+
+def test_ctrl_c_raises_here_and_gives_the_handler_back(model) -> None:
+    """Lightning answers it by ignoring further ones and leaving the process."""
+
+    class Interrupt(lightning.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+            if trainer.global_step == 1:
+                raise KeyboardInterrupt
+
+    handler = signal.getsignal(signal.SIGINT)
+    with fitrl.LocalTrainer(**CPU, callbacks=[Interrupt()]) as trainer:
+        trainer.fit_rl(model, make_groups(seed=1), learning_rate=1e-3)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.fit_rl(model, make_groups(seed=2))
+        assert signal.getsignal(signal.SIGINT) is handler
+        assert not trainer.verbs.is_live
+    with fitrl.LocalTrainer(**CPU) as trainer:
+        assert trainer.fit_rl(model, make_groups(seed=2)).step == 2

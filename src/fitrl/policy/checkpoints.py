@@ -9,7 +9,9 @@ A folder is written under a temporary name, flushed to disk and renamed, so it i
 from __future__ import annotations
 
 import json
+import logging
 import os
+import pickle  # its error only; nothing is unpickled
 import shutil
 import uuid
 from collections.abc import Callable
@@ -21,6 +23,7 @@ import torch
 
 from fitrl.errors import CheckpointError
 
+_log = logging.getLogger(__name__)
 _MANIFEST = "fitrl.json"
 _STATE = "trainer_state.pt"
 
@@ -85,26 +88,39 @@ def read(folder: Path) -> tuple[Manifest, dict[str, Any] | None]:
     Raises:
         CheckpointError: it is no whole checkpoint.
     """
+    manifest = read_manifest(folder)
+    if manifest.weights_only:
+        return manifest, None
     try:
-        manifest = Manifest(**json.loads((folder / _MANIFEST).read_text()))
-        state = None
-        if not manifest.weights_only:
-            state = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        state: dict[str, Any] = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
+    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{folder} is no whole checkpoint: {error}") from error
     return manifest, state
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints in a folder, oldest step first."""
+def read_manifest(folder: Path) -> Manifest:
+    """Read what a checkpoint says of itself.
+
+    Raises:
+        CheckpointError: it says nothing that can be read.
+    """
+    try:
+        return Manifest(**json.loads((folder / _MANIFEST).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder} is no whole checkpoint: {error}") from error
+
+
+def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Step and folder of the whole checkpoints in a folder, oldest step first; others are named in a warning."""
     found: list[tuple[int, float, Path]] = []
-    for manifest in folder.glob(f"*/{_MANIFEST}"):
-        if manifest.parent.name.startswith("."):
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name.startswith(".") or not path.is_dir():
             continue
-        step = json.loads(manifest.read_text()).get("step")
-        if isinstance(step, int):
-            found.append((step, manifest.stat().st_mtime, manifest.parent))
-    return [path for _, _, path in sorted(found)]
+        try:
+            found.append((read_manifest(path).step, (path / _MANIFEST).stat().st_mtime, path))
+        except CheckpointError as error:
+            _log.warning("skipped: %s", error)
+    return [(step, path) for step, _, path in sorted(found)]
 
 
 def _flush(path: Path) -> None:

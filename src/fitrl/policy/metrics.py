@@ -120,7 +120,7 @@ def derive(raw: Mapping[str, float]) -> dict[str, float]:
         out["loss/grad_norm"] = raw["grad_norm"] / steps
         out["loss/learning_rate"] = raw["learning_rate"] / steps
     tokens = raw.get("token_count", 0.0)
-    if tokens:
+    if tokens and "ratio_sum" in raw:
         out["ratio/mean"] = raw["ratio_sum"] / tokens
         out["ratio/max"] = raw["ratio_max"]
         out["ratio/clip_fraction_low"] = raw["clip_low_count"] / tokens

@@ -64,10 +64,7 @@ class TrainableModel:
         self.lora = lora
         self.root = Path(root if root is not None else ".fitrl").expanduser().resolve()
         self.loggers = tuple(loggers)
-        self.step = 0
-        newest = self.checkpoints()[-1:]
-        if newest:
-            self.step = int(json.loads((newest[0] / "fitrl.json").read_text())["step"])
+        self.step = max((step for step, _ in list_checkpoints(self.checkpoints_dir)), default=0)
 
     def __repr__(self) -> str:
         lora = "None" if self.lora is None else f"LoraSettings(rank={self.lora.rank})"
@@ -93,7 +90,7 @@ class TrainableModel:
 
     def checkpoints(self) -> list[Path]:
         """Whole checkpoints, oldest step first."""
-        return list_checkpoints(self.checkpoints_dir)
+        return [path for _, path in list_checkpoints(self.checkpoints_dir)]
 
     def log(
         self,
