@@ -175,9 +175,14 @@ def load_policy(
     folder, options = _resolve(base_model) if weights is None or is_adapter_folder else (str(weights), {})
     try:
         with _no_progress_bars():
-            network: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+            network: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, **options, **(_dequantized() if "gguf_file" in options else {})
+            )
     except (OSError, ValueError) as error:
         raise _not_found(base_model, error) from error
+    if "gguf_file" in options and getattr(network, "hf_quantizer", None) is not None:
+        # the weights are plain float32 by now; transformers would refuse to save them all the same
+        network.hf_quantizer.remove_quantization_config(network)
     if is_adapter_folder:
         from peft import PeftModel
 
@@ -257,6 +262,14 @@ def _resolve(base_model: str) -> tuple[str, dict[str, str]]:
     if path.is_absolute() or base_model.startswith((".", "~")):
         raise ModelNotFoundError(f"base_model {base_model!r}: no such folder")
     return base_model, {}
+
+
+def _dequantized() -> dict[str, Any]:
+    """Options that make transformers read a GGUF file's blocks into plain weights; older versions always do."""
+    import transformers
+
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
 def _not_found(base_model: str, error: Exception) -> ModelNotFoundError:
