@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fitrl.data.groups import Completion, TokenHistory, Trajectory, TrajectoryGroup
+from fitrl.data.completion import Completion
+from fitrl.data.groups import TokenHistory, Trajectory, TrajectoryGroup
 from fitrl.data.samples import Sample
 
 END = 260  # <|end|> of the bundled tokenizer

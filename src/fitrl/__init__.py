@@ -4,19 +4,14 @@ trainer = fitrl.LocalTrainer(devices=1)
 result = trainer.fit_rl(model, groups, learning_rate=5e-6)
 """
 
+from fitrl.data.completion import Completion
 from fitrl.data.gather import gather
-from fitrl.data.groups import (
-    Completion,
-    ExceptionRecord,
-    History,
-    TokenHistory,
-    Trajectory,
-    TrajectoryGroup,
-)
+from fitrl.data.groups import ExceptionRecord, History, TokenHistory, Trajectory, TrajectoryGroup
 from fitrl.discovery import register_strategies
 from fitrl.errors import FitRLError
 from fitrl.objective.fused_linear import fused_linear_policy_loss
-from fitrl.objective.objective import CustomObjective, LossInputs, Objective, PolicyLoss, policy_loss
+from fitrl.objective.objective import CustomObjective, LossInputs, Objective, PolicyLoss
+from fitrl.objective.policy_loss import policy_loss
 from fitrl.policy.loading import LoraSettings
 from fitrl.policy.model import TrainableModel
 from fitrl.policy.module import AdamWSettings, PolicyModule

@@ -9,13 +9,13 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
-from helpers import trajectory
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fitrl.data.gather import gather
 from fitrl.data.groups import Trajectory, TrajectoryGroup
 from fitrl.errors import GroupError, InvalidArgumentError
+from helpers import trajectory
 
 
 @pytest.fixture

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import completion, facts, group, token_history, trajectory, user
 from hypothesis import given
 from hypothesis import strategies as st
 from openai.types.chat.chat_completion import ChatCompletion, Choice
 
-from fitrl.data.groups import Completion, ExceptionRecord, History, TokenHistory, Trajectory, TrajectoryGroup
+from fitrl.data.completion import Completion
+from fitrl.data.groups import ExceptionRecord, History, TokenHistory, Trajectory, TrajectoryGroup
 from fitrl.errors import DataError, FitRLError
+from helpers import completion, facts, group, token_history, trajectory, user
 
 # -- any trajectory at all ------------------------------------------------------------------------------------------
 

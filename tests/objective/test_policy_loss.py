@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fitrl import InvalidArgumentError, Objective, PolicyLoss, policy_loss
+from fitrl import Objective, PolicyLoss, policy_loss
+from fitrl.errors import InvalidArgumentError
 
 
 def _sibling(name: str) -> Any:

@@ -6,7 +6,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import fitrl
-from fitrl.data.batch import Feed, pack
+from fitrl.data.batch import Feed
+from fitrl.data.packing import pack
 from fitrl.demo import TASKS, correct
 from fitrl.errors import DataError, InvalidArgumentError, UnsupportedError
 from fitrl.policy.module import PolicyModule

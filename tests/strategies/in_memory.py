@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fitrl.data.batch import Batch
-from fitrl.objective.objective import CustomObjective, Objective, policy_loss
+from fitrl.objective.objective import CustomObjective, Objective
+from fitrl.objective.policy_loss import policy_loss
 from fitrl.strategies.remote import RemoteStep, RemoteStepResult, RemoteStrategy
 
 

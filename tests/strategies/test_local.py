@@ -6,7 +6,8 @@ import torch
 from lightning.pytorch.strategies import StrategyRegistry
 
 import fitrl
-from fitrl.data.batch import Feed, pack
+from fitrl.data.batch import Feed
+from fitrl.data.packing import pack
 from fitrl.errors import CheckpointError, InvalidArgumentError, NothingAccumulatedError, SessionError
 from fitrl.objective.objective import Objective
 from fitrl.policy.module import PolicyModule

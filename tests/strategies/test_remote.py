@@ -3,18 +3,19 @@
 import lightning
 import pytest
 import torch
+from in_memory import InMemoryService, InMemoryStrategy
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from fitrl import _compat
-from fitrl.data.batch import Feed, pack
+from fitrl.data.batch import Feed
+from fitrl.data.packing import pack
 from fitrl.errors import CheckpointError, NothingAccumulatedError, SessionError
 from fitrl.objective.objective import Objective
 from fitrl.policy.model import TrainableModel
 from fitrl.policy.module import PolicyModule
 from fitrl.protocols.verbs import ExportsWeights, Scores, Trains
 from fitrl.strategies.local import LocalStrategy
-from in_memory import InMemoryService, InMemoryStrategy
 from samples import make_samples
 
 OBJECTIVE = Objective(ppo=True, epsilon=0.4, importance_sampling_level="sequence")

@@ -401,7 +401,7 @@ def test_validate_between_calls_changes_nothing(trainer, model) -> None:
 
 
 def _batches(trainer, groups):
-    from fitrl.data.batch import pack
+    from fitrl.data.packing import pack
     from fitrl.data.samples import build_samples
 
     samples = build_samples(groups, trainer.verbs.policy_module.policy.tokenizer)

@@ -4,7 +4,8 @@ import lightning
 import pytest
 import torch
 
-from fitrl.data.batch import Batch, Feed, pack
+from fitrl.data.batch import Batch, Feed
+from fitrl.data.packing import pack
 from fitrl.data.samples import Sample
 from fitrl.objective.objective import Objective
 from fitrl.policy.model import TrainableModel

@@ -14,141 +14,13 @@ import json
 import traceback
 from collections.abc import Awaitable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fitrl.data.completion import Completion, Message, OpenAIChoice, Tool, float_from_json, float_to_json
 from fitrl.errors import DataError
-
-Message: TypeAlias = dict[str, Any]
-Tool: TypeAlias = dict[str, Any]
-
-_TOKEN_ID_PREFIX = "token_id:"
-
-
-@runtime_checkable
-class OpenAIChoice(Protocol):
-    """The part of `openai.types.chat.chat_completion.Choice` that is read here."""
-
-    @property
-    def message(self) -> Any:
-        """The assistant's message."""
-
-    @property
-    def logprobs(self) -> Any:
-        """`ChoiceLogprobs` or None."""
-
-    @property
-    def finish_reason(self) -> Any:
-        """Why sampling ended."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Completion:
-    """One message sampled from the policy: what a sampler returns and a history keeps.
-
-    Attributes:
-        message: the message as chat code sees it, `{"role": "assistant", "content": ...}`.
-        token_ids: [T] the sampled ids, the end-of-turn id included; never re-tokenised. None when a
-            server gave token strings only (`token_bytes`).
-        token_bytes: [T] the bytes of each sampled token, from a server that tells no ids.
-        logprobs: [T] natural logarithm of each id's probability under the distribution it was sampled
-            from, temperature included. None when the server gave none.
-        temperature: sampling temperature; 0 is greedy and cannot be trained on.
-        prompt_ids: the ids that the completion was sampled after; None asks the chat template.
-        finish_reason: "stop", "length", "tool_calls", ...
-        version: policy version (optimizer steps) that sampled it.
-        full_support: False after top_p < 1 or top_k, which change the distribution's support.
-    """
-
-    message: Message
-    token_ids: tuple[int, ...] | None = None
-    token_bytes: tuple[bytes, ...] | None = None
-    logprobs: tuple[float, ...] | None = None
-    temperature: float | None = None
-    prompt_ids: tuple[int, ...] | None = None
-    finish_reason: str = "stop"
-    version: int = 0
-    full_support: bool = True
-
-    @property
-    def text(self) -> str:
-        """The message's text."""
-        return str(self.message.get("content") or "")
-
-    @classmethod
-    def from_choice(
-        cls,
-        choice: OpenAIChoice,
-        *,
-        temperature: float | None = None,
-        version: int = 0,
-        full_support: bool = True,
-    ) -> Completion:
-        """Read an OpenAI `Choice`; logprob tokens are `token_id:N` or token strings with their bytes.
-
-        Args:
-            choice: a choice of a chat completion asked with `logprobs=True`.
-            temperature: the request's temperature; the choice does not carry it.
-            version: policy version that the server answered with.
-            full_support: False when the request had top_p < 1 or top_k.
-        """
-        message = choice.message
-        as_dict = message.model_dump(exclude_none=True) if hasattr(message, "model_dump") else dict(message)
-        entries = getattr(choice.logprobs, "content", None) if choice.logprobs is not None else None
-        ids: tuple[int, ...] | None = None
-        raw: tuple[bytes, ...] | None = None
-        logprobs: tuple[float, ...] | None = None
-        if entries is not None:
-            logprobs = tuple(float(entry.logprob) for entry in entries)
-            if all(_is_token_id(entry.token) for entry in entries):
-                ids = tuple(int(entry.token.removeprefix(_TOKEN_ID_PREFIX)) for entry in entries)
-            else:
-                raw = tuple(
-                    bytes(entry.bytes) if getattr(entry, "bytes", None) is not None else entry.token.encode()
-                    for entry in entries
-                )
-        return cls(
-            message=as_dict,
-            token_ids=ids,
-            token_bytes=raw,
-            logprobs=logprobs,
-            temperature=temperature,
-            finish_reason=str(choice.finish_reason or "stop"),
-            version=version,
-            full_support=full_support,
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form; a NaN logprob becomes null."""
-        return {
-            "message": self.message,
-            "token_ids": None if self.token_ids is None else list(self.token_ids),
-            "token_bytes": None if self.token_bytes is None else [list(raw) for raw in self.token_bytes],
-            "logprobs": None if self.logprobs is None else [_float_to_json(value) for value in self.logprobs],
-            "temperature": self.temperature,
-            "prompt_ids": None if self.prompt_ids is None else list(self.prompt_ids),
-            "finish_reason": self.finish_reason,
-            "version": self.version,
-            "full_support": self.full_support,
-        }
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Completion:
-        """Inverse of `to_dict`."""
-        raw, logprobs = data["token_bytes"], data["logprobs"]
-        return cls(
-            message=data["message"],
-            token_ids=None if data["token_ids"] is None else tuple(data["token_ids"]),
-            token_bytes=None if raw is None else tuple(bytes(token) for token in raw),
-            logprobs=None if logprobs is None else tuple(_float_from_json(value) for value in logprobs),
-            temperature=data["temperature"],
-            prompt_ids=None if data["prompt_ids"] is None else tuple(data["prompt_ids"]),
-            finish_reason=data["finish_reason"],
-            version=data["version"],
-            full_support=data["full_support"],
-        )
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -187,7 +59,7 @@ class TokenHistory:
         return {
             "token_ids": self.token_ids.tolist(),
             "mask": self.mask.tolist(),
-            "logprobs": [_float_to_json(value) for value in self.logprobs.tolist()],
+            "logprobs": [float_to_json(value) for value in self.logprobs.tolist()],
             "temperature": self.temperature.tolist(),
             "versions": self.versions.tolist(),
             "full_support": self.full_support,
@@ -199,7 +71,7 @@ class TokenHistory:
         return cls(
             token_ids=torch.tensor(data["token_ids"], dtype=torch.int64),
             mask=torch.tensor(data["mask"], dtype=torch.bool),
-            logprobs=torch.tensor([_float_from_json(value) for value in data["logprobs"]], dtype=torch.float32),
+            logprobs=torch.tensor([float_from_json(value) for value in data["logprobs"]], dtype=torch.float32),
             temperature=torch.tensor(data["temperature"], dtype=torch.float32),
             versions=torch.tensor(data["versions"], dtype=torch.int64),
             full_support=data["full_support"],
@@ -454,10 +326,6 @@ class TrajectoryGroup:
         return cls.from_dict(json.loads(text))
 
 
-def _is_token_id(token: str) -> bool:
-    return token.startswith(_TOKEN_ID_PREFIX) and token.removeprefix(_TOKEN_ID_PREFIX).isdecimal()
-
-
 def _read_messages(items: Sequence[Any], temperature: float | None) -> list[Message | Completion]:
     """Read OpenAI choices into completions; keep dicts and completions."""
     read: list[Message | Completion] = []
@@ -482,14 +350,6 @@ def _message_from_json(item: dict[str, Any]) -> Message | Completion:
         return Completion.from_dict(item["completion"])
     message: Message = item["message"]
     return message
-
-
-def _float_to_json(value: float) -> float | None:
-    return None if value != value else value
-
-
-def _float_from_json(value: float | None) -> float:
-    return float("nan") if value is None else value
 
 
 def _dump(data: dict[str, Any], what: str) -> str:

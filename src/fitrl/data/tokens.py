@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fitrl.data.groups import Completion, History, Message, TokenHistory, Tool, Trajectory
+from fitrl.data.completion import Completion, Message, Tool
+from fitrl.data.groups import History, TokenHistory, Trajectory
 from fitrl.errors import DataError, TokenizationError
 
 if TYPE_CHECKING:

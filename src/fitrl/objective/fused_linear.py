@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fitrl.errors import InvalidArgumentError
-from fitrl.objective.objective import Objective, PolicyLoss, policy_loss
+from fitrl.objective.objective import Objective, PolicyLoss
+from fitrl.objective.policy_loss import policy_loss
 
 # elements of one tile of logits: 128 MiB in float32
 _TILE_ELEMENTS = 2**25

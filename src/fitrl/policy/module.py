@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from fitrl.data.batch import Batch
 from fitrl.errors import InvalidArgumentError, UnsupportedError
 from fitrl.objective.fused_linear import fused_linear_policy_loss, linear_logprobs
-from fitrl.objective.objective import CustomObjective, LossInputs, Objective, PolicyLoss, policy_loss
+from fitrl.objective.objective import CustomObjective, LossInputs, Objective, PolicyLoss
+from fitrl.objective.policy_loss import policy_loss
 from fitrl.policy.loading import Policy, load_policy
 from fitrl.policy.metrics import CallTotals, derive, mismatch
 from fitrl.policy.model import TrainableModel

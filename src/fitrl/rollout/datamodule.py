@@ -8,8 +8,9 @@ from typing import Any
 
 import lightning
 
-from fitrl.data.batch import Batch, pack
+from fitrl.data.batch import Batch
 from fitrl.data.groups import TrajectoryGroup
+from fitrl.data.packing import pack
 from fitrl.data.samples import build_samples
 from fitrl.errors import DataError, InvalidArgumentError
 from fitrl.objective.objective import Objective

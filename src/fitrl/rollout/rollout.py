@@ -9,8 +9,9 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, S
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
+from fitrl.data.completion import Completion, Message, Tool
 from fitrl.data.gather import gather
-from fitrl.data.groups import Completion, Message, Tool, Trajectory, TrajectoryGroup
+from fitrl.data.groups import Trajectory, TrajectoryGroup
 from fitrl.data.tokens import render_prompt
 from fitrl.errors import DataError, InvalidArgumentError
 from fitrl.rollout.sampler import Sampler

@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from fitrl.data.groups import Completion
+from fitrl.data.completion import Completion
 
 
 @runtime_checkable

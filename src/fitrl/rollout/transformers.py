@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fitrl.data.groups import Completion
+from fitrl.data.completion import Completion
 from fitrl.errors import InvalidArgumentError, SamplerError
 from fitrl.policy.loading import Policy
 

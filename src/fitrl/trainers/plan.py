@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fitrl.data.batch import Batch, deal, pack
+from fitrl.data.batch import Batch
+from fitrl.data.packing import deal, pack
 from fitrl.data.samples import Sample, SampleSet
 from fitrl.errors import CheckpointError
 from fitrl.policy.module import PolicyModule
