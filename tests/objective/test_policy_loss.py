@@ -178,8 +178,6 @@ def test_every_combination_of_options(surrogate: str, level: str) -> None:
     ):
         if masked and "ratio_cap" in SURROGATES[surrogate]:
             continue  # a kept ratio is inside the window, so below the cap
-        if (cap or masked) and surrogate == "cispo_default":
-            cap = {**cap, "epsilon_high": 0.5, "epsilon": 0.5} if masked else cap  # noqa: PLW2901
         n = next(counter)
         options = {
             **SURROGATES[surrogate],
@@ -247,7 +245,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(max_examples=250, deadline=None, derandomize=True, database=None)
+@settings(max_examples=600, deadline=None, derandomize=True, database=None)
 @given(case=cases(), options=objectives())
 def test_value_is_the_oracles(case: Case, options: dict) -> None:
     result, expected = run(case.inputs(), options), case.expected(options)
@@ -255,7 +253,7 @@ def test_value_is_the_oracles(case: Case, options: dict) -> None:
     assert result.loss.item() == pytest.approx(expected.loss, rel=1e-9, abs=1e-9)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(max_examples=400, deadline=None, derandomize=True, database=None)
 @given(case=cases(), options=objectives())
 def test_gradient_is_the_difference_quotient(case: Case, options: dict) -> None:
     inputs = case.inputs()
@@ -269,7 +267,7 @@ def test_gradient_is_the_difference_quotient(case: Case, options: dict) -> None:
     assert by_entropy.tolist() == pytest.approx(entropy_slopes, rel=1e-9, abs=1e-9 * scale)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
 @given(
     data=st.data(),
     options=objectives(),
@@ -538,12 +536,11 @@ def test_k3_is_clamped_to_20(gap: float) -> None:
     assert (loss, slope) == pytest.approx((math.exp(bound) - bound - 1, 0.0), rel=1e-12)
 
 
-def test_constants_get_no_gradient() -> None:
+def test_truncation_weight_and_metrics_get_no_gradient() -> None:
     case = random_case(5, tokens=8)
     for options in FULL_OBJECTIVES:
         inputs = case.inputs()
-        for name in ("rollout_logprobs", "advantages"):
-            inputs[name].requires_grad_()
+        inputs["rollout_logprobs"].requires_grad_()
         result = run(inputs, options)
         (by_rollout,) = torch.autograd.grad(
             result.loss, inputs["rollout_logprobs"], allow_unused=True, materialize_grads=True

@@ -50,7 +50,9 @@ async def gather(
                 if not isinstance(result, Trajectory):
                     raise TypeError(f"a rollout returned {type(result).__name__} instead of a Trajectory")
                 results[index] = result
-            except Exception as error:
+            except (Exception, asyncio.CancelledError) as error:
+                if isinstance(error, asyncio.CancelledError) and _is_cancelled():
+                    raise
                 raised.append(error)
                 group.exceptions.append(ExceptionRecord.from_exception(error))
                 if len(raised) > allowed:
@@ -62,13 +64,13 @@ async def gather(
             finally:
                 bar.advance()
 
+        tasks = [asyncio.create_task(run(index, group, job)) for index, (group, job) in enumerate(jobs)]
         try:
-            async with asyncio.TaskGroup() as tasks:
-                for index, (group, job) in enumerate(jobs):
-                    tasks.create_task(run(index, group, job))
-        except* GroupError as failures:
-            raise failures.exceptions[0] from None
+            await asyncio.gather(*tasks)
         finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             for _, job in jobs:
                 if isinstance(job, Coroutine):
                     job.close()  # one that never had its turn would warn that it was never awaited
@@ -87,10 +89,16 @@ def _allowed(max_exceptions: int | float, num_jobs: int) -> int:
             raise InvalidArgumentError(
                 f"max_exceptions as a float is a fraction in [0, 1], got {max_exceptions}; pass an int for a count"
             )
-        return math.floor(max_exceptions * num_jobs)
+        return math.floor(max_exceptions * num_jobs + 1e-9)  # 0.29 of 100 is 29
     if max_exceptions < 0:
         raise InvalidArgumentError(f"max_exceptions must not be negative, got {max_exceptions}")
     return max_exceptions
+
+
+def _is_cancelled() -> bool:
+    """Whether it is this task that is being cancelled, and not something that it waited for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 class _Bar(contextlib.AbstractContextManager["_Bar"]):

@@ -50,6 +50,8 @@ class TokenHistory:
                 raise DataError(
                     f"{name} has shape {tuple(shape)}, token_ids {tuple(self.token_ids.shape)}; both must be [T]"
                 )
+        if self.mask.dtype != torch.bool or self.token_ids.dtype != torch.int64:
+            raise DataError(f"mask must be bool and token_ids int64, got {self.mask.dtype} and {self.token_ids.dtype}")
 
     def __len__(self) -> int:
         return self.token_ids.numel()
@@ -91,7 +93,8 @@ class History:
 
     def messages(self) -> list[Message]:
         """The conversation as plain chat messages."""
-        return [item.message if isinstance(item, Completion) else item for item in self.messages_and_choices]
+        items = _read_messages(self.messages_and_choices, self.temperature)  # choices may have been appended since
+        return [item.message if isinstance(item, Completion) else item for item in items]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
@@ -173,12 +176,14 @@ class Trajectory:
 
     def histories(self) -> list[History]:
         """The main history and the additional ones."""
-        main = History(messages_and_choices=self.messages_and_choices, tools=self.tools, temperature=self.temperature)
-        return [main, *self.additional_histories] if self.messages_and_choices else list(self.additional_histories)
+        return [self._main(), *self.additional_histories] if self.messages_and_choices else [*self.additional_histories]
+
+    def _main(self) -> History:
+        return History(messages_and_choices=self.messages_and_choices, tools=self.tools, temperature=self.temperature)
 
     def messages(self) -> list[Message]:
         """The main history as plain chat messages, ready to be sent to a model again."""
-        return [item.message if isinstance(item, Completion) else item for item in self.messages_and_choices]
+        return self._main().messages()
 
     def completions(self) -> list[Completion]:
         """Everything that the policy said, over all histories."""

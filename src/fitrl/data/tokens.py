@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import jinja2
 import torch
 
 from fitrl.data.completion import Completion, Message, Tool
@@ -125,9 +126,17 @@ def _render(
     add_generation_prompt: bool,
 ) -> list[int]:
     _require_template(tokenizer)
+    return list(_apply(tokenizer, messages, tools, add_generation_prompt=add_generation_prompt, return_dict=False))
+
+
+def _apply(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[Tool] | None, **options: Any
+) -> Any:
     render: Any = tokenizer.apply_chat_template
-    ids = render(messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False)
-    return list(ids)
+    try:
+        return render(messages, tools=tools, tokenize=True, **options)
+    except jinja2.TemplateError as error:
+        raise TokenizationError(f"the chat template refuses the conversation: {error}") from error
 
 
 def _require_template(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -188,8 +197,13 @@ def _tokenize_history(
                 if item.prompt_ids is not None
                 else render_prompt(tokenizer, messages[:index], history.tools)
             )
-            ids, logprobs = _sampled(item, tokenizer, train_unsampled)
-            temperature, version, full_support = _temperature(item), item.version, item.full_support
+            if train_unsampled and item.token_ids is None and item.token_bytes is None:
+                ids = _assistant_ids(tokenizer, messages[: index + 1], history.tools, prompt)
+                logprobs = [math.nan] * len(ids)
+            else:
+                ids, logprobs = _sampled(item, tokenizer, train_unsampled)
+            temperature = _temperature(item, history)
+            version, full_support = item.version, item.full_support
         elif train_unsampled and item.get("role") == "assistant":
             prompt = render_prompt(tokenizer, messages[:index], history.tools)
             ids = _assistant_ids(tokenizer, messages[: index + 1], history.tools, prompt)
@@ -213,10 +227,6 @@ def _sampled(
         ids = list(completion.token_ids)
     elif completion.token_bytes is not None:
         ids = [_id_of(raw, tokenizer) for raw in completion.token_bytes]
-    elif train_unsampled:
-        ids = tokenizer.encode(completion.text, add_special_tokens=False)
-        if tokenizer.eos_token_id is not None and completion.finish_reason == "stop":
-            ids.append(tokenizer.eos_token_id)
     else:
         raise DataError(
             f"a completion has neither token ids nor logprobs ({completion.text[:60]!r}): ask the server for "
@@ -236,13 +246,14 @@ def _sampled(
     return ids, list(completion.logprobs)
 
 
-def _temperature(completion: Completion) -> float:
-    if completion.temperature is None:
+def _temperature(completion: Completion, history: History) -> float:
+    temperature = completion.temperature if completion.temperature is not None else history.temperature
+    if temperature is None:
         raise DataError(
             f"a completion does not say its sampling temperature ({completion.text[:60]!r}): OpenAI choices do not "
             "carry it, so pass Trajectory(temperature=...) or Completion.from_choice(..., temperature=...)"
         )
-    return completion.temperature
+    return temperature
 
 
 def _assistant_ids(
@@ -251,8 +262,7 @@ def _assistant_ids(
     """Ids of the last assistant message: by the template's generation marks, else whatever follows the prompt."""
     template = tokenizer.chat_template
     if isinstance(template, str) and re.search(r"\{%-?\s*generation", template):
-        render: Any = tokenizer.apply_chat_template
-        rendered = render(messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        rendered = _apply(tokenizer, messages, tools, return_dict=True, return_assistant_tokens_mask=True)
         full = list(rendered["input_ids"])
         marked = [i for i, flag in enumerate(rendered["assistant_masks"]) if flag and i >= len(prompt)]
         full = full[: marked[-1] + 1] if marked else full
@@ -287,7 +297,8 @@ def _bytes_table(tokenizer: PreTrainedTokenizerBase) -> dict[bytes, list[int]]:
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
     byte_of = _byte_level_alphabet()
-    byte_level = "Ġ" in vocabulary or "Ċ" in vocabulary
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    byte_level = "ByteLevel" in str(backend.decoder) if backend is not None else "Ġ" in vocabulary
     table: dict[bytes, list[int]] = {}
     for piece, token_id in vocabulary.items():
         if piece in added:

@@ -91,6 +91,14 @@ class Objective:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InvalidArgumentError(f"{name} must be greater than 0, got {value}")
+        for name in (
+            "max_negative_advantage_importance_sampling_weight",
+            "norm_length",
+            "dual_clip",
+            "ratio_cap",
+        ):
+            if getattr(self, name) == math.inf:
+                raise InvalidArgumentError(f"{name}=inf bounds nothing; leave it at None")
         self._check_ppo_only()
         self._check_kl()
         if self.norm_length is not None and self.loss_aggregation != "seq_mean_token_sum_norm":

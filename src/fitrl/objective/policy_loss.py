@@ -78,8 +78,8 @@ def policy_loss(
 
     counts = _per_trajectory(m.to(dtype), trajectory_ids)
     sequences = (counts > 0).sum()
-    n_tokens = m.sum() if num_tokens is None else num_tokens
-    n_sequences = sequences if num_sequences is None else num_sequences
+    n_tokens = _as(m.sum() if num_tokens is None else num_tokens, dtype)
+    n_sequences = _as(sequences if num_sequences is None else num_sequences, dtype)
     counts = counts.clamp(min=1.0)
 
     # 3. ratio
@@ -110,7 +110,7 @@ def policy_loss(
     reference = masked(reference_logprobs) if reference_logprobs is not None else None
     if objective.kl_coef > 0 and objective.kl_in == "advantage" and reference is not None:
         k1 = torch.where(m, q - reference, 0.0)
-        mean = k1.sum() / m.sum().clamp(min=1) if kl_mean is None else kl_mean
+        mean = k1.sum() / m.sum().clamp(min=1) if kl_mean is None else _as(kl_mean, dtype)
         a = a + objective.kl_coef * (mean - k1)
 
     # 9. token policy loss
@@ -126,8 +126,10 @@ def policy_loss(
     # 10. trainer against sampler
     if objective.truncated_importance_sampling is not None and rollout_logprobs is not None:
         o = rollout_logprobs.to(dtype)
-        gap = torch.where(m & o.isfinite(), q - o, 0.0).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
-        policy = policy * gap.exp().clamp(max=objective.truncated_importance_sampling).detach()
+        known = m & o.isfinite()
+        gap = torch.where(known, q - o, 0.0).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+        weight = gap.exp().clamp(max=objective.truncated_importance_sampling)
+        policy = policy * torch.where(known, weight, 1.0).detach()
 
     # 11. token loss
     def aggregated(values: Tensor) -> Tensor:
@@ -197,6 +199,10 @@ def _aggregate(
 def _per_trajectory(values: Tensor, trajectory_ids: Tensor) -> Tensor:
     """Sum [T] values by trajectory; [T] so that the number of trajectories need not come to the host."""
     return torch.zeros_like(values).index_add(0, trajectory_ids, values)
+
+
+def _as(number: Tensor | float, dtype: torch.dtype) -> Tensor | float:
+    return number.to(dtype) if isinstance(number, Tensor) else number
 
 
 def _at_least_one(count: Tensor | float) -> Tensor | float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import bisect
 import inspect
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
@@ -92,10 +93,12 @@ def prompt_ids(
     seen: list[int] = [*last.prompt_ids, *last.token_ids]
     if rendered[: len(seen)] == seen:
         return rendered
-    text = str(tokenizer.decode(rendered))
     before = str(tokenizer.decode(seen))
-    if text.startswith(before):
-        return seen + list(tokenizer.encode(text[len(before) :], add_special_tokens=False))
+    start = bisect.bisect_left(
+        range(len(rendered)), len(before), key=lambda k: len(str(tokenizer.decode(rendered[:k])))
+    )
+    if str(tokenizer.decode(rendered[:start])) == before:
+        return seen + rendered[start:]
     return rendered
 
 
