@@ -99,7 +99,9 @@ class History:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
         return {
-            "messages_and_choices": [_message_to_json(item) for item in self.messages_and_choices],
+            "messages_and_choices": [
+                _message_to_json(item) for item in _read_messages(self.messages_and_choices, self.temperature)
+            ],
             "tools": self.tools,
             "temperature": self.temperature,
         }
@@ -205,7 +207,9 @@ class Trajectory:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
         return {
-            "messages_and_choices": [_message_to_json(item) for item in self.messages_and_choices],
+            "messages_and_choices": [
+                _message_to_json(item) for item in _read_messages(self.messages_and_choices, self.temperature)
+            ],
             "reward": self.reward,
             "tools": self.tools,
             "temperature": self.temperature,
