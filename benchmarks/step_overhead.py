@@ -1,8 +1,8 @@
 """What `fit_rl` costs beside the update itself: 20 calls against a loop written by hand, on the tiny policy.
 
 Both start from the same groups and do the same: read token ids and logprobs, compute advantages, pad, one forward and
-backward pass of CISPO, the gradient's norm, one AdamW step. The loop does nothing else. Calls alternate, so that both see
-the same machine.
+backward pass of CISPO, the gradient's norm, one AdamW step. The loop does nothing else. Calls alternate, so that both
+see the same machine.
 
     python benchmarks/step_overhead.py [--calls 20] [--output benchmarks/results]
 """
