@@ -112,11 +112,12 @@ def main(
     weights: Literal["full", "lora"] = "full",
     base_model: str | None = None,
     steps: int = 200,
-    prompts_per_step: int = 16,
-    samples_per_prompt: int = 16,
+    prompts_per_step: int = 32,
+    samples_per_prompt: int = 8,
     learning_rate_full: float = 1e-5,
     learning_rate_lora: float = 2e-4,
     lora_rank: int = 16,
+    entropy_coef: float = 0.01,
     gradient_clip_val: float = 1.0,
     max_new_tokens: int = 40,
     num_terms: int = 2,
@@ -139,6 +140,7 @@ def main(
         learning_rate_full: with all weights.
         learning_rate_lora: with adapters.
         lora_rank: of the adapters; alpha is twice that.
+        entropy_coef: weight of the entropy bonus, against answers that are all the same.
         gradient_clip_val: of Lightning's trainer, by norm.
         max_new_tokens: longest answer, in tokens.
         num_terms: terms of a sum.
@@ -192,7 +194,7 @@ def main(
                 max_new_tokens=max_new_tokens,
             )
             middle = time.perf_counter()
-            result = trainer.fit_rl(model, groups, learning_rate=rate, save_checkpoint=False)
+            result = trainer.fit_rl(model, groups, learning_rate=rate, entropy_coef=entropy_coef, save_checkpoint=False)
             seconds["rollout"] += middle - start
             seconds["update"] += time.perf_counter() - middle
             rewards.append(result.metrics["reward/mean"])
@@ -210,6 +212,8 @@ def main(
         "weights": weights,
         "learning_rate": rate,
         "steps": len(rewards),
+        "settings": {"prompts_per_step": prompts_per_step, "samples_per_prompt": samples_per_prompt}
+        | {"entropy_coef": entropy_coef, "max_new_tokens": max_new_tokens, "max_digits": max_digits, "seed": seed},
         "before": {"greedy": before[0.0], "sampled": before[1.0]},
         "after": {"greedy": after[0.0], "sampled": after[1.0]},
         "rewards": rewards,

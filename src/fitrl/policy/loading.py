@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fitrl.errors import InvalidArgumentError, MissingDependencyError, ModelNotFoundError
 from fitrl.objective.fused_linear import linear_logits
+from fitrl.policy.attention import attention_kernels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -111,9 +112,7 @@ class Policy:
 
     def hidden(self, input_ids: Tensor, position_ids: Tensor | None = None, **cache: Any) -> Any:
         """Run the decoder layers; returns transformers' output with `last_hidden_state` [B, L, H]."""
-        return self.causal_lm.base_model(
-            input_ids=input_ids, position_ids=position_ids, **({"use_cache": False} | cache)
-        )
+        return self._run(self.causal_lm.base_model, input_ids, position_ids, cache)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits [T, V] of hidden states [T, H], for models with a linear head."""
@@ -122,8 +121,13 @@ class Policy:
 
     def full_logits(self, input_ids: Tensor, position_ids: Tensor | None = None, **cache: Any) -> Any:
         """Run the whole model; returns transformers' output with `logits` [B, L, V]."""
-        network: Any = self.causal_lm
-        return network(input_ids=input_ids, position_ids=position_ids, **({"use_cache": False} | cache))
+        return self._run(self.causal_lm, input_ids, position_ids, cache)
+
+    @staticmethod
+    def _run(network: Any, input_ids: Tensor, position_ids: Tensor | None, cache: dict[str, Any]) -> Any:
+        options = {"use_cache": False} | cache  # with a cache, transformers would not see that a row is packed
+        with attention_kernels(input_ids.device):
+            return network(input_ids=input_ids, position_ids=position_ids, **options)
 
 
 def _output_head(network: Any) -> Any:

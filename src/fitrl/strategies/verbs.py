@@ -21,6 +21,7 @@ from fitrl.data.batch import Batch
 from fitrl.errors import CheckpointError, InvalidArgumentError, NothingAccumulatedError, SessionError
 from fitrl.objective.objective import CustomObjective, Objective
 from fitrl.policy import checkpoints
+from fitrl.policy.attention import attention_kernels
 from fitrl.policy.loading import load_weights, save_weights
 from fitrl.policy.module import PolicyModule
 from fitrl.protocols.results import (
@@ -54,7 +55,8 @@ class PolicyVerbs(Sticky):
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().backward(closure_loss, optimizer, *args, **kwargs)
+        with attention_kernels(self.root_device):  # layers that are computed again in backward
+            loss = super().backward(closure_loss, optimizer, *args, **kwargs)
         self._accumulated += 1
         return loss
 
