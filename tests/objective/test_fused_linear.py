@@ -167,9 +167,7 @@ def test_same_as_explicit_logits(
 
 
 @pytest.mark.parametrize("rows_per_tile", [*range(1, TOKENS + 1), TOKENS + 5])
-def test_any_tile_gives_the_same(
-    head: dict[str, Tensor], batch: dict[str, Tensor], rows_per_tile: int
-) -> None:
+def test_any_tile_gives_the_same(head: dict[str, Tensor], batch: dict[str, Tensor], rows_per_tile: int) -> None:
     assert_same_as_explicit(
         head, batch, objective=OBJECTIVES["all"], softcap=3.0, temperature=0.8, rows_per_tile=rows_per_tile
     )
@@ -211,9 +209,7 @@ def test_any_shape_gives_the_same(
     )
 
 
-def test_global_counts_and_the_calls_kl_mean_are_passed_on(
-    head: dict[str, Tensor], batch: dict[str, Tensor]
-) -> None:
+def test_global_counts_and_the_calls_kl_mean_are_passed_on(head: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
     counts = {"num_tokens": 50, "num_sequences": 7, "kl_mean": 0.4}
     for objective in OBJECTIVES.values():
         assert_same_as_explicit(head, batch, objective=objective, **counts)
@@ -231,9 +227,7 @@ def test_strided_and_expanded_inputs(batch: dict[str, Tensor]) -> None:
         assert torch.equal(tensor, head[name])
     temperature = torch.tensor([0.6], dtype=torch.float64).expand(TOKENS)
     batch["mask"] = torch.ones(TOKENS, dtype=torch.bool)
-    assert_same_as_explicit(
-        strided, batch, objective=OBJECTIVES["entropy"], temperature=temperature, rows_per_tile=4
-    )
+    assert_same_as_explicit(strided, batch, objective=OBJECTIVES["entropy"], temperature=temperature, rows_per_tile=4)
 
 
 def test_integer_temperature(head: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
@@ -244,9 +238,7 @@ def test_integer_temperature(head: dict[str, Tensor], batch: dict[str, Tensor]) 
     assert torch.equal(found.loss, wanted.loss)
 
 
-def test_returns_logprobs_and_entropies_without_grad(
-    head: dict[str, Tensor], batch: dict[str, Tensor]
-) -> None:
+def test_returns_logprobs_and_entropies_without_grad(head: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
     m = batch["mask"]
     logprobs, entropies = explicit_logprobs(**head, targets=batch["targets"], temperature=0.7)
     for objective, flag, given_back in (
@@ -267,9 +259,7 @@ def test_returns_logprobs_and_entropies_without_grad(
             assert_close(result.entropies[m], entropies.detach()[m])
 
 
-def test_asking_for_entropies_does_not_change_the_loss(
-    head: dict[str, Tensor], batch: dict[str, Tensor]
-) -> None:
+def test_asking_for_entropies_does_not_change_the_loss(head: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
     results = [
         fused_linear_policy_loss(**head, **batch, objective=OBJECTIVES["ppo"], with_entropies=flag)
         for flag in (False, True)
@@ -284,9 +274,7 @@ def test_asking_for_entropies_does_not_change_the_loss(
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("rows_per_tile", [1, 3, 4])
-def test_gradcheck_of_logprobs_and_entropies(
-    rows_per_tile: int, with_bias: bool, softcap: float | None
-) -> None:
+def test_gradcheck_of_logprobs_and_entropies(rows_per_tile: int, with_bias: bool, softcap: float | None) -> None:
     head = make_head(4, 3, 5, seed=2)
     targets = torch.tensor([0, 4, 2, 2])
     temperature = torch.tensor([1.0, 0.5, 2.0, 0.8], dtype=torch.float64)
@@ -309,9 +297,7 @@ def test_gradcheck_of_logprobs_and_entropies(
     assert torch.autograd.gradcheck(lambda *args: both(*args)[1], leaves)
 
 
-def test_gradient_of_the_output_scales_that_of_the_inputs(
-    head: dict[str, Tensor], batch: dict[str, Tensor]
-) -> None:
+def test_gradient_of_the_output_scales_that_of_the_inputs(head: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
     result = fused_linear_policy_loss(**head, **batch, objective=OBJECTIVES["all"], rows_per_tile=4)
     once = torch.autograd.grad(result.loss, list(head.values()), retain_graph=True)
     thrice = torch.autograd.grad(result.loss * 3, list(head.values()), retain_graph=True)
@@ -357,9 +343,7 @@ def test_nothing_with_grad_makes_a_loss_without(batch: dict[str, Tensor]) -> Non
     assert not found.loss.requires_grad
     assert_close(found.loss, wanted.loss)
     with torch.no_grad():
-        assert_close(
-            fused_linear_policy_loss(**make_head(), **batch, objective=Objective()).loss, wanted.loss
-        )
+        assert_close(fused_linear_policy_loss(**make_head(), **batch, objective=Objective()).loss, wanted.loss)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -402,7 +386,7 @@ def test_masked_out_rows_may_hold_anything(dtype: torch.dtype, junk: float, name
         if dirty:
             with torch.no_grad():
                 head["hidden"][out] = junk
-            for key, tensor in inputs.items():
+            for tensor in inputs.values():
                 if tensor.is_floating_point():
                     tensor[out] = junk
             inputs["targets"][out] = -100  # the ignored label of a cross-entropy
@@ -454,9 +438,7 @@ def wide_head() -> dict[str, Tensor]:
     """A bf16 head whose logits have a spread of a few nats."""
     head = make_head(48, 256, 320, seed=7)
     scale = {"hidden": 1.0, "weight": 0.2, "bias": 1.0}
-    return {
-        name: (tensor.detach() * scale[name]).bfloat16().requires_grad_() for name, tensor in head.items()
-    }
+    return {name: (tensor.detach() * scale[name]).bfloat16().requires_grad_() for name, tensor in head.items()}
 
 
 def in_float64(head: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -531,19 +513,13 @@ def test_float32_agrees_with_float64(batch: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_autocast_computes_as_if_the_inputs_had_sixteen_bits(
-    wide_head: dict[str, Tensor], exact: bool
-) -> None:
+def test_autocast_computes_as_if_the_inputs_had_sixteen_bits(wide_head: dict[str, Tensor], exact: bool) -> None:
     batch = make_batch(48, 320)
     full = {name: tensor.detach().float().requires_grad_() for name, tensor in wide_head.items()}
     objective = Objective(entropy_coef=0.1)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = fused_linear_policy_loss(
-            **full, **batch, objective=objective, exact_logits=exact, rows_per_tile=8
-        )
-    outside = fused_linear_policy_loss(
-        **wide_head, **batch, objective=objective, exact_logits=exact, rows_per_tile=8
-    )
+        inside = fused_linear_policy_loss(**full, **batch, objective=objective, exact_logits=exact, rows_per_tile=8)
+    outside = fused_linear_policy_loss(**wide_head, **batch, objective=objective, exact_logits=exact, rows_per_tile=8)
     assert inside.loss.dtype == torch.float32
     assert torch.equal(inside.loss, outside.loss)
     found, wanted = gradients(inside.loss, full), gradients(outside.loss, wide_head)
@@ -715,9 +691,7 @@ def test_what_does_not_fit_is_named(changes: dict[str, Any], words: str, whole: 
     "name",
     ["old_logprobs", "advantages", "mask", "trajectory_ids", "rollout_logprobs", "reference_logprobs"],
 )
-def test_wrong_shapes_of_the_rest_are_named(
-    head: dict[str, Tensor], batch: dict[str, Tensor], name: str
-) -> None:
+def test_wrong_shapes_of_the_rest_are_named(head: dict[str, Tensor], batch: dict[str, Tensor], name: str) -> None:
     for wrong in (batch[name][:3], batch[name][:1], batch[name][0], batch[name][:, None]):
         with pytest.raises(InvalidArgumentError, match=name):
             fused_linear_policy_loss(**head, **{**batch, name: wrong}, objective=Objective())

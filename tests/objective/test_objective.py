@@ -72,10 +72,7 @@ def test_equal_options_make_equal_hashable_objectives() -> None:
         {"ppo": True},
         *({"ppo": ppo, "epsilon": value} for ppo in (True, False) for value in (0.0, 0.2, 1.0)),
         *({"ppo": ppo, "epsilon_high": value} for ppo in (True, False) for value in (0.0, 0.28, 4.0)),
-        *(
-            {"importance_sampling_level": level}
-            for level in ("token", "sequence", "average", "geometric_average")
-        ),
+        *({"importance_sampling_level": level} for level in ("token", "sequence", "average", "geometric_average")),
         {"max_negative_advantage_importance_sampling_weight": 2.0},
         {"ppo": True, "max_negative_advantage_importance_sampling_weight": 0.5},
         {"mask_prob_ratio": True},
@@ -136,10 +133,7 @@ def test_valid(options: dict[str, Any]) -> None:
         ({"ppo": True, "epsilon": 0.5, "ratio_cap": 1.4}, r"ratio_cap.*epsilon_high.*1\.5"),
         *(({"kl_coef": value}, "kl_coef") for value in (-0.1, math.inf, math.nan)),
         *(({"entropy_coef": value}, "entropy_coef") for value in (math.inf, -math.inf, math.nan)),
-        *(
-            ({"loss_aggregation": NORM, "norm_length": value}, "norm_length")
-            for value in (0, -1.0, math.nan, math.inf)
-        ),
+        *(({"loss_aggregation": NORM, "norm_length": value}, "norm_length") for value in (0, -1.0, math.nan, math.inf)),
         # not a choice
         ({"importance_sampling_level": "prompt"}, "importance_sampling_level.*'geometric_average'.*'prompt'"),
         ({"loss_aggregation": "mean"}, "loss_aggregation.*'token_mean'.*'mean'"),

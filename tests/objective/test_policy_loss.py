@@ -571,7 +571,7 @@ def test_masked_out_tokens_add_exactly_zero(options: dict, junk: float) -> None:
     case.mask = [True, False, True, True, False, True, False, True, True, False]
     clean, dirty = case.inputs(), case.inputs()
     out = ~clean["mask"]
-    for name, tensor in dirty.items():
+    for tensor in dirty.values():
         if tensor.is_floating_point():
             with torch.no_grad():
                 tensor[out] = junk
