@@ -77,9 +77,11 @@ def write(
         _flush(folder.parent)
         if replaced is not None:
             shutil.rmtree(replaced)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(f"cannot write the checkpoint {folder}: {error}") from error
+        if isinstance(error, OSError):
+            raise CheckpointError(f"cannot write the checkpoint {folder}: {error}") from error
+        raise
 
 
 def read(folder: Path) -> tuple[Manifest, dict[str, Any] | None]:
