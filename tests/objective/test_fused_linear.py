@@ -81,7 +81,7 @@ def make_batch(
         "old_logprobs": old,
         "advantages": normal(0.0, 1.5),
         "mask": torch.rand(tokens, generator=generator) < 0.8,
-        "trajectory_ids": torch.randint(3, (tokens,), generator=generator),
+        "trajectory_ids": torch.randint(min(3, max(tokens, 1)), (tokens,), generator=generator),
         "rollout_logprobs": old + normal(0.0, 0.3),
         "reference_logprobs": old + normal(0.0, 0.3),
     }
@@ -102,7 +102,8 @@ def explicit_logprobs(
         logits = logits + bias
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    log_probs = (logits / torch.as_tensor(temperature).reshape(-1, 1)).log_softmax(dim=1)
+    scale = torch.as_tensor(temperature, dtype=logits.dtype).reshape(-1, 1)
+    log_probs = (logits / scale).log_softmax(dim=1)
     entropies = -(log_probs.exp() * log_probs).sum(dim=1)
     return log_probs.gather(1, targets[:, None]).squeeze(1), entropies
 
@@ -365,7 +366,7 @@ def test_tied_weights_get_both_gradients(batch: dict[str, Tensor], name: str) ->
 def test_second_derivatives_are_refused_not_wrong(head: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
     loss = fused_linear_policy_loss(**head, **batch, objective=Objective()).loss
     (grad,) = torch.autograd.grad(loss, head["hidden"], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
         grad.sum().backward()
 
 

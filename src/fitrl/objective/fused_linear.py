@@ -68,7 +68,12 @@ def fused_linear_policy_loss(
     Returns:
         The loss with its metrics, and `.logprobs` [T] without grad; `.entropies` [T] when computed.
     """
+    rows = _check(hidden, weight, targets, bias, temperature)
+    if mask.shape != (rows,):
+        raise InvalidArgumentError(f"mask must be [{rows}], got {tuple(mask.shape)}")
     keep = mask.bool()
+    if isinstance(temperature, Tensor) and temperature.dim():
+        temperature = torch.where(keep, temperature, 1.0)
     logprobs, entropies = linear_logprobs(
         torch.where(keep[:, None], hidden, 0.0),
         weight,
