@@ -328,3 +328,27 @@ def test_contradictions_raise_before_anything_happens(case, tmp_path) -> None:
     with pytest.raises(InvalidArgumentError):
         learn(tmp_path, **NO_EFFECT_OR_WRONG[case])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_cannot_pack_pads_and_counts_padding_as_length(tmp_path, monkeypatch) -> None:
+    from fitrl.policy import loading
+
+    probe = loading._probe
+    monkeypatch.setattr(loading, "_probe", lambda policy: (probe(policy), setattr(policy, "can_pack", False)))
+    groups = make_groups(seed=1)
+    short, long = (groups[0].trajectories[i].token_histories for i in (0, 1))
+    groups[0].trajectories[0].token_histories = [*short, *long]
+    layouts = []
+
+    class Keep(lightning.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            layouts.append(batch.layout)
+            assert batch.num_positions <= limit
+
+    lengths = [len(history) - 1 for history in groups[0].trajectories[0].token_histories]
+    assert lengths[0] != lengths[1]
+    limit = 2 * max(lengths) - 1  # enough for both in a row, too little for both as rows
+    _, result = learn(
+        tmp_path, groups=groups, max_tokens_per_microbatch=limit, trainer={"callbacks": [Keep()]}, save_checkpoint=False
+    )
+    assert set(layouts) == {"padded"} and result.dropped["overlong_trajectories"] >= 1

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fitrl.data.batch import Batch, LossTargets, ModelInputs
-from fitrl.data.samples import Sample
+from fitrl.data.samples import Sample, num_positions
 from fitrl.errors import InvalidArgumentError
 
 Layout: TypeAlias = Literal["auto", "padded", "packed"]
@@ -48,7 +48,7 @@ def pack(
     """Pack the samples of one optimizer step into microbatches.
 
     Args:
-        samples: trajectories, none longer than `max_tokens`.
+        samples: trajectories.
         max_tokens: most positions in a microbatch, padding included; None: one microbatch.
         num_batches: exactly so many microbatches instead, of about equal size.
         layout: "auto" takes, per microbatch, the one that costs the transformer less arithmetic.
@@ -61,6 +61,9 @@ def pack(
 
     Returns:
         At least one batch, at most `num_batches` where given (fewer when there are fewer samples).
+
+    Raises:
+        InvalidArgumentError: no samples, or one that takes more than `max_tokens` positions.
     """
     if not samples:
         raise InvalidArgumentError("cannot pack an empty list of samples")
@@ -90,6 +93,10 @@ def _first_fit(samples: Sequence[Sample], max_tokens: int | None, layout: Layout
     """First-fit decreasing; a padded microbatch is as large as its rows times the longest of them."""
     if max_tokens is None:
         return [list(range(len(samples)))]
+    for sample in samples:
+        needed = num_positions(sample.histories, padded=layout == "padded")
+        if needed > max_tokens:
+            raise InvalidArgumentError(f"a trajectory takes {needed} positions, max_tokens={max_tokens} allows fewer")
     lengths = [[len(history) - 1 for history in sample.histories] for sample in samples]
     size = [max(row) for row in lengths] if layout == "padded" else [sum(row) for row in lengths]
     order = sorted(range(len(samples)), key=lambda index: (-size[index], index))

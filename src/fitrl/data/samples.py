@@ -49,8 +49,7 @@ class Sample:
 
     def __post_init__(self) -> None:
         self.old_logprobs = torch.cat([history.logprobs for history in self.histories])
-        # the last token of a history predicts nothing, so it is not an input
-        self.num_input_tokens = sum(len(history) - 1 for history in self.histories)
+        self.num_input_tokens = num_positions(self.histories, padded=False)
         self.num_trainable_tokens = sum(int(history.mask.sum()) for history in self.histories)
 
 
@@ -88,6 +87,7 @@ def build_samples(
     advantage_balance: float = 0.0,
     max_history_tokens: int | None = None,
     max_trajectory_tokens: int | None = None,
+    padded: bool = False,
     teaches_without_advantage: bool = False,
     train_unsampled: bool = False,
 ) -> SampleSet:
@@ -100,6 +100,7 @@ def build_samples(
         advantage_balance: in [-1, 1], see `balance`.
         max_history_tokens: the policy's context; a trajectory with a longer history is dropped.
         max_trajectory_tokens: all histories together; a longer trajectory is dropped.
+        padded: count a trajectory as it is when each history is filled up to its longest.
         teaches_without_advantage: keep flat groups, for objectives with a term that needs no advantage.
         train_unsampled: see `tokenize`.
 
@@ -132,7 +133,7 @@ def build_samples(
             histories = [history for history in tokens.histories if bool(history.mask.any())]
             if not histories:
                 dropped["empty_trajectories"] += 1
-            elif _is_overlong(histories, max_history_tokens, max_trajectory_tokens):
+            elif _is_overlong(histories, max_history_tokens, max_trajectory_tokens, padded):
                 dropped["overlong_trajectories"] += 1
             else:
                 samples.append(Sample(histories=histories, advantage=advantage))
@@ -195,12 +196,20 @@ def _naming(group: int, trajectory: int) -> Iterator[None]:
         raise type(error)(f"group {group}, trajectory {trajectory}: {error}") from error
 
 
+def num_positions(histories: Sequence[TokenHistory], *, padded: bool) -> int:
+    """Positions that histories take as model inputs: the last token of each predicts nothing and is none."""
+    lengths = [len(history) - 1 for history in histories]
+    return len(lengths) * max(lengths) if padded else sum(lengths)
+
+
 def _is_overlong(
-    histories: Sequence[TokenHistory], max_history_tokens: int | None, max_trajectory_tokens: int | None
+    histories: Sequence[TokenHistory],
+    max_history_tokens: int | None,
+    max_trajectory_tokens: int | None,
+    padded: bool,
 ) -> bool:
-    lengths = [len(history) for history in histories]
-    return (max_history_tokens is not None and max(lengths) > max_history_tokens) or (
-        max_trajectory_tokens is not None and sum(lengths) - len(lengths) > max_trajectory_tokens
+    return (max_history_tokens is not None and max(map(len, histories)) > max_history_tokens) or (
+        max_trajectory_tokens is not None and num_positions(histories, padded=padded) > max_trajectory_tokens
     )
 
 

@@ -300,9 +300,7 @@ class PolicyModule(lightning.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Reduce the raw metrics, derive the public ones, hand them to callbacks, progress bar and loggers."""
-        custom = not isinstance(self.objective, Objective)
-        exact = {} if custom else {"objective/exact": 1.0}
-        self.call_metrics = self.host_metrics | self.totals.compute() | exact
+        self.call_metrics = self.host_metrics | self.totals.compute() | {"objective/exact": 1.0}
         self._observed.clear()
         # these are Python floats that are reduced already; Module.log would make a metric object of each, every call
         trainer = self.trainer

@@ -26,7 +26,7 @@ from lightning.pytorch.strategies import Strategy
 from fitrl import _compat
 from fitrl.data.batch import Feed
 from fitrl.data.groups import TrajectoryGroup
-from fitrl.data.samples import build_samples
+from fitrl.data.samples import SampleSet, build_samples
 from fitrl.errors import (
     DataError,
     InvalidArgumentError,
@@ -258,22 +258,51 @@ class RLTrainer(lightning.Trainer):
     def _update_alone(
         self, model: TrainableModel, groups: Sequence[TrajectoryGroup], settings: UpdateSettings
     ) -> LocalTrainResult:
+        self._check_limits()
+        samples = self._collect(model, groups, settings)
+        module = self._require_session().module
+        history = [*module.reward_history, (self.global_step, samples.reward_std)]
+        before = self.global_step
+        checkpoint = None
+        metrics = samples.metrics | {"objective/exact": 1.0}
+        if samples.groups:
+            self._train(samples, settings, history)
+            metrics = module.call_metrics
+            start = time.perf_counter()
+            if settings.save_checkpoint:
+                checkpoint = Path(self.verbs.save())
+                self._require_session().saved_step = self.global_step
+            metrics = metrics | {"time/checkpoint_s": time.perf_counter() - start}
+        else:
+            module.reward_history = history
+        result = LocalTrainResult(
+            step=self.global_step,
+            metrics=metrics,
+            num_optimizer_steps=self.global_step - before,
+            dropped=samples.dropped,
+            checkpoint_path=checkpoint,
+        )
+        if settings.verbose:
+            print(f"{self.backend} {_line(result)}", file=sys.stderr)
+        return result
+
+    def _collect(self, model: TrainableModel, groups: Sequence[TrajectoryGroup], settings: UpdateSettings) -> SampleSet:
+        """Open the model and read the groups; nothing is changed before they are known to be sound."""
         for index, group in enumerate(groups):
             if not isinstance(group, TrajectoryGroup):
                 raise DataError(f"groups[{index}] is a {type(group).__name__}, not a TrajectoryGroup")
-        self._check_limits()
         self.open(model)
-        session = self._require_session()
-        module = session.module
         if self.verbs.get_status().accumulated_microbatches:
             raise SessionError("gradients of forward_backward are waiting: call optim_step or clear_gradients first")
+        policy = self._require_session().module.policy
         samples = build_samples(
             groups,
-            module.policy.tokenizer,
+            policy.tokenizer,
             scale_rewards=settings.scale_rewards,
             advantage_balance=settings.advantage_balance,
-            max_history_tokens=module.policy.context_length,
+            max_history_tokens=policy.context_length,
             max_trajectory_tokens=settings.max_tokens_per_microbatch,
+            padded=not policy.can_pack,
             teaches_without_advantage=settings.teaches_without_advantage,
             train_unsampled=settings.allow_training_without_logprobs,
         )
@@ -282,19 +311,12 @@ class RLTrainer(lightning.Trainer):
                 "tokens were sampled with top_p < 1 or top_k, so their logprobs are of another distribution than the "
                 "policy's: pass precalculate_logprobs=True, or sample from all tokens"
             )
-        history = [*module.reward_history, (self.global_step, samples.reward_std)]
-        if not samples.groups:
-            module.reward_history = history
-            return self._report(
-                settings,
-                LocalTrainResult(
-                    step=self.global_step,
-                    metrics=samples.metrics | {"objective/exact": 1.0},
-                    num_optimizer_steps=0,
-                    dropped=samples.dropped,
-                ),
-            )
-        sampler = session.sampler
+        return samples
+
+    def _train(self, samples: SampleSet, settings: UpdateSettings, history: list[tuple[int, float]]) -> None:
+        """Plan the call, run it as one epoch, hand the new weights to the sampler; leaves `call_metrics`."""
+        session = self._require_session()
+        module, sampler, device = session.module, session.sampler, self.strategy.root_device
         with sampler.lock if sampler is not None else nullcontext():
             start = time.perf_counter()
             plan = plan_call(samples, settings, self.verbs)
@@ -304,44 +326,30 @@ class RLTrainer(lightning.Trainer):
             )
             if settings.scale_learning_rate_by_reward_std_dev:
                 rate *= reward_std_factor(history)
-            if self.strategy.root_device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(self.strategy.root_device)
-            before = self.global_step
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
             module.host_metrics = samples.metrics | plan.metrics
             module.objective = settings.objective
             self.verbs.set_learning_rate(rate)
-            self._run_epoch(module, plan)
-            module.reward_history = history
-            model.step = self.global_step
-            seconds = time.perf_counter() - start
+            try:
+                self._run_epoch(module, plan)
+            finally:  # also after an exception: the steps before it were taken
+                session.model.step = self.global_step
+                if sampler is not None:
+                    sampler.update((), self.global_step)
+        module.reward_history = history
+        seconds = time.perf_counter() - start
+        module.call_metrics["time/train_s"] = seconds
+        module.call_metrics["throughput/tokens_per_s"] = (
+            samples.metrics["data/num_tokens"] * settings.num_epochs / seconds
+        )
+        if device.type == "cuda":
+            module.call_metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
         if self._given_sampler is not None:
             self._given_sampler.update(self.verbs.named_weights(), self.global_step)
-        elif sampler is not None:
-            sampler.update((), self.global_step)
         if settings.plot_tensors:
-            plot_batches(plan.batches[: plan.accumulate], model.run_dir / "plots" / f"{self.global_step:04d}.png")
-        start = time.perf_counter()
-        checkpoint = None
-        if settings.save_checkpoint:
-            checkpoint = Path(self.verbs.save())
-            session.saved_step = self.global_step
-        metrics = module.call_metrics | {
-            "time/train_s": seconds,
-            "time/checkpoint_s": time.perf_counter() - start,
-            "throughput/tokens_per_s": samples.metrics["data/num_tokens"] * settings.num_epochs / seconds,
-        }
-        if self.strategy.root_device.type == "cuda":
-            metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated(self.strategy.root_device) / 2**30
-        return self._report(
-            settings,
-            LocalTrainResult(
-                step=self.global_step,
-                metrics=metrics,
-                num_optimizer_steps=self.global_step - before,
-                dropped=samples.dropped,
-                checkpoint_path=checkpoint,
-            ),
-        )
+            path = session.model.run_dir / "plots" / f"{self.global_step:04d}.png"
+            plot_batches(plan.batches[: plan.accumulate], path)
 
     def _run_epoch(self, module: PolicyModule, plan: Plan) -> None:
         """One Lightning epoch over the microbatches."""
@@ -386,23 +394,6 @@ class RLTrainer(lightning.Trainer):
                 f"max_steps={self.max_steps} is exhausted: this call would take {planned} more after {self.global_step}"
             )
 
-    def _report(self, settings: UpdateSettings, result: LocalTrainResult) -> LocalTrainResult:
-        if settings.verbose:
-            numbers = "  ".join(
-                f"{key} {result.metrics[key]:.4g}"
-                for key in (
-                    "reward/mean",
-                    "loss/train",
-                    "loss/grad_norm",
-                    "mismatch/kl",
-                    "throughput/tokens_per_s",
-                )
-                if key in result.metrics
-            )
-            dropped = f"  dropped {result.dropped}" if result.dropped else ""
-            print(f"{self.backend} step {result.step}  {numbers}{dropped}", file=sys.stderr)
-        return result
-
 
 class _SummaryOnce(ModelSummary):
     """Lightning's model summary, once per model instead of once per call."""
@@ -413,3 +404,10 @@ class _SummaryOnce(ModelSummary):
         if pl_module is not self._summarised:
             self._summarised = pl_module  # type: ignore[assignment]
             super().on_fit_start(trainer, pl_module)
+
+
+def _line(result: LocalTrainResult) -> str:
+    """What `verbose` prints of a call."""
+    shown = ("reward/mean", "loss/train", "loss/grad_norm", "mismatch/kl", "throughput/tokens_per_s")
+    numbers = "".join(f"  {key} {result.metrics[key]:.4g}" for key in shown if key in result.metrics)
+    return f"step {result.step}{numbers}" + (f"  dropped {result.dropped}" if result.dropped else "")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fitrl.data.batch import Batch
 from fitrl.data.packing import deal, pack
-from fitrl.data.samples import Sample, SampleSet
+from fitrl.data.samples import Sample, SampleSet, num_positions
 from fitrl.errors import CheckpointError
 from fitrl.policy.module import PolicyModule
 from fitrl.strategies.verbs import PolicyVerbs
@@ -138,7 +138,7 @@ def _max_tokens(samples: Sequence[Sample], settings: UpdateSettings, module: Pol
     """Positions in a microbatch: as told, else what is likely to fit beside the weights."""
     if settings.max_tokens_per_microbatch is not None:
         return settings.max_tokens_per_microbatch
-    longest = max(sample.num_input_tokens for sample in samples)
+    longest = max(num_positions(sample.histories, padded=not module.policy.can_pack) for sample in samples)
     if device.type != "cuda":
         return max(longest, _CPU_TOKENS)
     free = torch.cuda.mem_get_info(device)[0] + (

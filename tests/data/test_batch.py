@@ -1,0 +1,157 @@
+"""A batch on its way to the device: fillers weigh nothing, dtypes stay, Lightning leaves it alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.plugins import HalfPrecision, MixedPrecision
+
+from fitrl.data.batch import Batch, Feed, LossTargets, ModelInputs
+from fitrl.data.packing import pack
+from fitrl.objective.objective import Objective
+from fitrl.objective.policy_loss import policy_loss
+from fitrl.policy.loading import Policy
+from helpers import facts, sample, token_history
+
+
+@pytest.fixture(params=["padded", "packed"])
+def batch(request: pytest.FixtureRequest) -> Batch:
+    """Two trajectories, one of them with two histories."""
+    samples = [
+        sample(token_history([5, 6, 7, 8], [0, 1, 0, 1]), advantage=0.3, reference=True),
+        sample(token_history([9, 10], [0, 1]), token_history([11, 12, 13], [0, 0, 1]), advantage=-2.0, reference=True),
+    ]
+    [built] = pack(samples, layout=request.param, kl_mean=0.1, measures_mismatch=True)
+    return built
+
+
+def _columns(part: ModelInputs | LossTargets) -> dict[str, torch.Tensor]:
+    named = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def _facts(batch: Batch) -> Any:
+    return facts(batch.model_inputs), facts(batch.loss_inputs), batch.measures_mismatch, batch.members
+
+
+def test_to_copies_everything_and_keeps_dtypes(batch: Batch) -> None:
+    moved = batch.to("meta")
+
+    for old, new in ((batch.model_inputs, moved.model_inputs), (batch.loss_inputs, moved.loss_inputs)):
+        assert _columns(old).keys() == _columns(new).keys()
+        for name, column in _columns(new).items():
+            assert column.device.type == "meta"
+            assert (column.dtype, column.shape) == (_columns(old)[name].dtype, _columns(old)[name].shape)
+    assert (moved.measures_mismatch, moved.members) == (True, batch.members)
+    assert moved.layout == batch.layout
+    assert _facts(batch.to("cpu", non_blocking=True)) == _facts(batch)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_half_precision_leaves_logprobs_untouched(batch: Batch, precision: Any) -> None:
+    """Lightning rounds what it finds in dicts, lists and dataclasses; a rounded logprob makes the ratio noise."""
+    before = _facts(batch)
+    plugin = HalfPrecision(precision)
+    assert plugin.convert_input({"x": torch.ones(1)})["x"].dtype != torch.float32  # it does round
+
+    converted = plugin.convert_input(batch)
+
+    assert _facts(converted) == before
+    assert converted.loss_inputs.old_logprobs.dtype == torch.float32
+
+
+def test_mixed_precision_leaves_logprobs_untouched(batch: Batch) -> None:
+    assert _facts(MixedPrecision("bf16-mixed", "cpu").convert_input(batch)) == _facts(batch)
+
+
+def test_sizes(batch: Batch) -> None:
+    assert batch.num_input_tokens == 3 + 1 + 2
+    assert batch.num_positions == (9 if batch.layout == "padded" else 6)
+
+
+# -- filler ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_filler_is_one_position_without_weight(batch: Batch) -> None:
+    filler = batch.filler()
+
+    assert filler.num_positions == 1
+    assert filler.loss_inputs.rows.tolist() == [0]
+    assert filler.loss_inputs.mask.tolist() == [False]
+    assert filler.loss_inputs.trajectory_ids.tolist() == [0]
+    assert filler.members == ()
+    assert not filler.measures_mismatch
+    for name, column in _columns(batch.loss_inputs).items():
+        own = _columns(filler.loss_inputs)[name]
+        assert own.dtype == column.dtype
+        assert own.shape == (column.shape if column.dim() == 0 else (1,))
+    assert filler.loss_inputs.num_tokens == batch.loss_inputs.num_tokens
+    assert filler.loss_inputs.num_sequences == batch.loss_inputs.num_sequences
+    assert filler.loss_inputs.kl_mean == batch.loss_inputs.kl_mean
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        Objective(),
+        Objective(ppo=True, importance_sampling_level="sequence"),
+        Objective(loss_aggregation="seq_mean_token_mean"),
+        Objective(kl_coef=0.1),
+    ],
+)
+def test_a_filler_reaches_the_weights_with_a_gradient_of_zero(
+    batch: Batch, objective: Objective, fresh_policy: Policy
+) -> None:
+    """Every parameter takes part, so that no rank waits for another, and none of them moves."""
+    filler = batch.filler()
+    inputs, loss = filler.model_inputs, filler.loss_inputs
+    logits = fresh_policy.causal_lm(input_ids=inputs.input_ids, position_ids=inputs.position_ids).logits
+    logprobs = logits.flatten(0, 1)[loss.rows].log_softmax(-1).gather(1, loss.targets[:, None]).squeeze(1)
+
+    result = policy_loss(
+        logprobs,
+        loss.old_logprobs,
+        loss.advantages,
+        loss.mask,
+        loss.trajectory_ids,
+        objective,
+        rollout_logprobs=loss.rollout_logprobs,
+        reference_logprobs=loss.reference_logprobs,
+        num_tokens=loss.num_tokens,
+        num_sequences=loss.num_sequences,
+        kl_mean=loss.kl_mean,
+    )
+    result.loss.backward()
+
+    assert float(result.loss) == 0.0
+    gradients = [parameter.grad for parameter in fresh_policy.network.parameters()]
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)
+
+
+def test_a_filler_of_a_token_without_logprob_weighs_nothing_either() -> None:
+    [batch] = pack([sample(token_history([1, 2], [0, 1], logprobs=[0.0, float("nan")]))])
+    loss = batch.filler().loss_inputs
+    logprobs = torch.tensor([-0.5], requires_grad=True)
+
+    result = policy_loss(
+        logprobs, loss.old_logprobs, loss.advantages, loss.mask, loss.trajectory_ids, Objective(), num_tokens=1.0
+    )
+    result.loss.backward()
+
+    assert float(result.loss) == 0.0
+    assert logprobs.grad is not None
+    assert logprobs.grad.tolist() == [0.0]
+
+
+# -- feed -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_feed_is_sized_and_can_be_read_twice(batch: Batch) -> None:
+    feed = Feed([batch, batch.filler()])
+
+    assert len(feed) == 2
+    assert list(feed) == list(feed)
+    assert next(iter(feed)) is batch
