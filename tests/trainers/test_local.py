@@ -471,3 +471,22 @@ def test_ctrl_c_raises_here_and_gives_the_handler_back(model) -> None:
         assert not trainer.verbs.is_live
     with fitrl.LocalTrainer(**CPU) as trainer:
         assert trainer.fit_rl(model, make_groups(seed=2)).step == 2
+
+
+def test_a_fit_of_another_module_takes_the_sessions_place(trainer, model, tmp_path) -> None:
+    trainer.fit_rl(model, make_groups(seed=1), learning_rate=1e-3)
+    saved = weights_of(trainer)
+    other = fitrl.PolicyModule(fitrl.TrainableModel("other", "tests", "tiny", lora=None, root=tmp_path))
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(other, train_dataloaders=Feed(_batches_of(model)))
+    assert trainer.lightning_module is other
+    trainer.open(model)
+    assert trainer.global_step == 1 and torch.equal(saved, weights_of(trainer))
+    assert trainer.fit_rl(model, make_groups(seed=2)).step == 2
+
+
+def _batches_of(model):
+    from fitrl.data.packing import pack
+    from samples import make_samples
+
+    return pack(make_samples(seed=5, num_trajectories=3))

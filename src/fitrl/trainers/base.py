@@ -153,7 +153,9 @@ class RLTrainer(lightning.Trainer):
         first. A run with checkpoints resumes its newest.
         """
         session = self._session
-        if session is not None and session.model.key == model.key and self.verbs.is_live:
+        # a fit of some other module takes the session's place
+        is_live = session is not None and self.verbs.is_live and self.lightning_module is session.module
+        if session is not None and is_live and session.model.key == model.key:
             if session.model is not model:
                 if (session.model.base_model, session.model.lora) != (model.base_model, model.lora):
                     raise SessionError(f"{session.model!r} is open and {model!r} is the same run with other settings")
@@ -161,7 +163,7 @@ class RLTrainer(lightning.Trainer):
                 session.model = session.module.model = model
             return self.verbs
         if session is not None:
-            if self.verbs.is_live and session.saved_step != self.global_step:
+            if is_live and session.saved_step != self.global_step:
                 self.verbs.save()
             self._release()
         module = PolicyModule(
