@@ -1,4 +1,4 @@
-"""The objective in plain Python floats, one token at a time, written from the text of OBJECTIVE.md alone.
+"""The objective in plain Python floats, one token at a time, written from the objective's text, not from its code.
 
 `live` logprobs are what a finite difference moves; `fixed` ones are what every stop-gradient sees.
 """

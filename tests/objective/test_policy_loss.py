@@ -1,4 +1,4 @@
-"""`policy_loss` against a scalar implementation of OBJECTIVE.md, and its gradient against difference quotients."""
+"""`policy_loss` against a scalar implementation, and its gradient against difference quotients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rewards to advantages: compared within a group, balanced, never NaN. OBJECTIVE.md steps 1 and 2.
+"""Rewards to advantages: compared within a group, balanced, never NaN.
 
 Enters: the rewards of each group. Leaves: one advantage per trajectory.
 """

@@ -1,4 +1,4 @@
-"""Learning-rate rules of OBJECTIVE.md: factors on the call's learning rate."""
+"""Learning-rate rules: factors on the learning rate of a call."""
 
 from __future__ import annotations
 
