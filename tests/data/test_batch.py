@@ -9,7 +9,6 @@ import pytest
 import torch
 from lightning.pytorch.plugins import HalfPrecision, MixedPrecision
 
-from fitrl import Objective, policy_loss
 from fitrl.data.batch import Batch, Feed, LossTargets, ModelInputs
 from fitrl.data.packing import pack
 from fitrl.objective.objective import Objective
