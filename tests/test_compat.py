@@ -1,10 +1,16 @@
 """Each private Lightning name that is used, held to what is relied on."""
 
+import ast
+import gc
+import inspect
 import logging
+import warnings
+import weakref
 
 import lightning
 import pytest
-from lightning.pytorch.loggers import CSVLogger
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from fitrl import _compat
 from fitrl.data.batch import Feed
@@ -14,19 +20,27 @@ from fitrl.policy.module import PolicyModule
 from fitrl.strategies.local import LocalStrategy
 from samples import make_samples
 
+NOTES = "lightning.pytorch.utilities.rank_zero"
 
-@pytest.fixture
-def trainer(tmp_path) -> lightning.Trainer:
+
+def make_trainer(logger, **options) -> lightning.Trainer:
     return lightning.Trainer(
         strategy=LocalStrategy(),
         accelerator="cpu",
         devices=1,
         max_epochs=-1,
-        logger=CSVLogger(tmp_path),
+        logger=logger,
+        log_every_n_steps=1,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **options,
     )
+
+
+@pytest.fixture
+def trainer(tmp_path) -> lightning.Trainer:
+    return make_trainer(CSVLogger(tmp_path))
 
 
 @pytest.fixture
@@ -34,17 +48,119 @@ def module(tmp_path) -> PolicyModule:
     return PolicyModule(TrainableModel("compat", "tests", "tiny", lora=None, root=tmp_path))
 
 
-def feed() -> Feed:
-    return Feed(pack(make_samples(seed=1, num_trajectories=4)))
+def feed(num_microbatches: int = 1) -> Feed:
+    [batch] = pack(make_samples(seed=1, num_trajectories=4))
+    return Feed([batch] * num_microbatches)
 
 
-def test_attach_sets_up_without_running_and_detach_forgets(trainer, module) -> None:
+def test_every_function_has_a_test_here() -> None:
+    functions = [
+        name for name, member in vars(_compat).items() if getattr(member, "__module__", "") == _compat.__name__
+    ]
+    public = {name for name in functions if inspect.isfunction(getattr(_compat, name)) and not name.startswith("_")}
+    used = {
+        node.attr
+        for node in ast.walk(ast.parse(inspect.getsource(inspect.getmodule(feed))))
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "_compat"
+    }
+    assert public <= used, public - used
+
+
+# -- attach and detach ------------------------------------------------------------------------------------------------
+
+
+def test_attach_sets_up_without_running(trainer, module) -> None:
     _compat.attach(trainer, module)
-    assert trainer.strategy.optimizers and module.trainer.global_step == 0
-    assert module.policy.network is not None
-    assert _compat.raw_optimizer(trainer.strategy) is trainer.strategy.optimizers[0]
+    assert trainer.lightning_module is module and module.trainer is trainer
+    assert trainer.strategy.optimizers and trainer.strategy.lr_scheduler_configs
+    assert module.trainer.global_step == 0 and trainer.current_epoch == 0
+    assert module.policy.network.training
+    assert not trainer.training and trainer.state.fn is None
     _compat.detach(trainer)
-    assert trainer.lightning_module is None and not trainer.strategy.optimizers
+
+
+def test_attach_is_what_a_fit_finds_and_leaves(trainer, module) -> None:
+    """The fit after it sets nothing up again, and is the fit that would have been without it."""
+    trainer.strategy.keep_alive = True
+    _compat.attach(trainer, module)
+    optimizer, network = _compat.raw_optimizer(trainer.strategy), module.policy.network
+    _compat.allow_one_more_epoch(trainer)
+    trainer.fit(module, train_dataloaders=feed())
+    assert _compat.raw_optimizer(trainer.strategy) is optimizer and module.policy.network is network
+    assert trainer.global_step == 1 and len(optimizer.state) > 0
+    stock, plain = make_trainer(False), PolicyModule(module.model)
+    _compat.allow_one_more_epoch(stock)
+    stock.fit(plain, train_dataloaders=feed())
+    for ours, theirs in zip(network.parameters(), plain.policy.network.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    trainer.strategy.close()
+
+
+def test_attach_runs_callbacks_logging_and_precision(tmp_path, module) -> None:
+    """What a callback logs in the first epoch after it arrives, and the strategy's precision is in force."""
+
+    class Logs(lightning.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args) -> None:
+            self.log("mine", 3.0, batch_size=1)
+
+    trainer = make_trainer(False, callbacks=[Logs()], precision="bf16-mixed")
+    trainer.strategy.keep_alive = True
+    _compat.attach(trainer, module)
+    with trainer.precision_plugin.forward_context():
+        assert torch.is_autocast_enabled("cpu")
+    _compat.allow_one_more_epoch(trainer)
+    trainer.fit(module, train_dataloaders=feed())
+    assert float(trainer.callback_metrics["mine"]) == 3.0
+    trainer.strategy.close()
+
+
+def test_detach_forgets_the_module(trainer, tmp_path) -> None:
+    def module() -> PolicyModule:
+        return PolicyModule(TrainableModel("compat", "tests", "tiny", lora=None, root=tmp_path))
+
+    first = module()
+    _compat.attach(trainer, first)
+    _compat.allow_one_more_epoch(trainer)
+    trainer.fit(first, train_dataloaders=feed())
+    _compat.detach(trainer)
+    assert trainer.lightning_module is None and trainer.strategy.model is None
+    assert not trainer.strategy.optimizers and not trainer.strategy.lr_scheduler_configs
+    gone = weakref.ref(first.policy.network)
+    del first
+    gc.collect()
+    assert gone() is None  # and its memory is free
+    second = module()
+    _compat.attach(trainer, second)
+    assert trainer.lightning_module is second and trainer.strategy.optimizers
+
+
+def test_raw_optimizer(trainer, module) -> None:
+    _compat.attach(trainer, module)
+    optimizer = _compat.raw_optimizer(trainer.strategy)
+    assert isinstance(optimizer, torch.optim.AdamW) and trainer.strategy.optimizers == [optimizer]
+    trained = {id(parameter) for parameter in module.parameters() if parameter.requires_grad}
+    assert {id(parameter) for group in optimizer.param_groups for parameter in group["params"]} == trained
+
+
+def test_schedulers_are_stepped_once(trainer, module) -> None:
+    module.lr_schedule = lambda step: 1.0 / (1 + step)
+    trainer.strategy.keep_alive = True
+    _compat.attach(trainer, module)
+    [config] = trainer.strategy.lr_scheduler_configs
+    optimizer = _compat.raw_optimizer(trainer.strategy)
+    optimizer.step()
+    _compat.step_schedulers(trainer.strategy)
+    assert config.scheduler.last_epoch == 1
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(module.learning_rate / 2)
+    # and as Lightning steps them
+    _compat.allow_one_more_epoch(trainer)
+    trainer.fit(module, train_dataloaders=feed())
+    assert trainer.strategy.lr_scheduler_configs == [config] and config.scheduler.last_epoch == 2
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(module.learning_rate / 3)
+    trainer.strategy.close()
+
+
+# -- steps and epochs -------------------------------------------------------------------------------------------------
 
 
 def test_global_step(trainer, module) -> None:
@@ -56,13 +172,34 @@ def test_global_step(trainer, module) -> None:
     _compat.allow_one_more_epoch(trainer)
     trainer.fit(module, train_dataloaders=feed())
     assert trainer.global_step == 9
+    _compat.set_global_step(trainer, 2)
+    assert trainer.global_step == 2
+
+
+def test_loggers_see_the_step_that_was_set(trainer, module) -> None:
+    class Logs(lightning.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args) -> None:
+            self.log("mine", 3.0, batch_size=1, on_step=True, on_epoch=False)
+
+    trainer.callbacks.append(Logs())
+    _compat.attach(trainer, module)
+    _compat.set_global_step(trainer, 40)
+    _compat.allow_one_more_epoch(trainer)
+    seen = []
+    trainer.loggers[0].log_metrics = lambda metrics, step: seen.append((step, metrics.get("mine")))
+    trainer.fit(module, train_dataloaders=feed(2))
+    # Lightning numbers batches from the steps before them
+    assert [step for step, value in seen if value is not None] == [40, 41]
 
 
 def test_one_more_epoch_each_time_also_after_one_was_cut_short(trainer, module) -> None:
+    assert _compat.epochs_processed(trainer) == 0
     for done in (1, 2):
         _compat.allow_one_more_epoch(trainer)
         trainer.fit(module, train_dataloaders=feed())
         assert _compat.epochs_processed(trainer) == done
+    trainer.fit(module, train_dataloaders=feed())  # not allowed: nothing runs
+    assert _compat.epochs_processed(trainer) == 2 == trainer.global_step
 
     class Stop(lightning.Callback):
         def on_train_batch_start(self, *args) -> None:
@@ -74,22 +211,66 @@ def test_one_more_epoch_each_time_also_after_one_was_cut_short(trainer, module) 
         trainer.fit(module, train_dataloaders=feed())
     trainer.callbacks.pop()
     before = trainer.global_step
+    for after in (1, 2):
+        _compat.allow_one_more_epoch(trainer)
+        trainer.fit(module, train_dataloaders=feed())
+        assert trainer.global_step == before + after
+
+
+def test_an_epoch_cut_short_between_batches_is_not_taken_up_again(trainer, module) -> None:
+    class StopAtSecond(lightning.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            if batch_idx == 1:
+                raise ArithmeticError
+
+    trainer.callbacks.append(StopAtSecond())
     _compat.allow_one_more_epoch(trainer)
-    trainer.fit(module, train_dataloaders=feed())
-    assert trainer.global_step == before + 1
+    with pytest.raises(ArithmeticError):
+        trainer.fit(module, train_dataloaders=feed(3))
+    trainer.callbacks.pop()
+    taken = trainer.global_step
+    _compat.allow_one_more_epoch(trainer)
+    trainer.fit(module, train_dataloaders=feed(3))
+    assert taken == 1 and trainer.global_step == 4  # all three batches of the new epoch
 
 
 def test_epoch_notes_are_dropped_and_others_kept(trainer, module, caplog) -> None:
-    caplog.set_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero")
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    caplog.set_level(logging.INFO, logger=NOTES)
+    logger = logging.getLogger(NOTES)
+    filters = list(logger.filters)
     _compat.allow_one_more_epoch(trainer)
     with _compat.without_epoch_notes():
         trainer.fit(module, train_dataloaders=feed())
         logger.info("something else")
     assert "something else" in caplog.text and "max_epochs" not in caplog.text
+    with pytest.raises(ArithmeticError), _compat.without_epoch_notes():
+        raise ArithmeticError
+    assert logger.filters == filters
     _compat.allow_one_more_epoch(trainer)
     trainer.fit(module, train_dataloaders=feed())
     assert "`Trainer.fit` stopped: `max_epochs=2` reached." in caplog.text
+
+
+def test_the_missing_validation_loop_is_not_worth_a_warning(trainer, module) -> None:
+    """pytest replaces the filters of the process, so the one that _compat adds is put back first."""
+    [line] = [
+        ast.unparse(node)
+        for node in ast.parse(inspect.getsource(_compat)).body
+        if isinstance(node, ast.Expr) and "filterwarnings" in ast.unparse(node)
+    ]
+    _compat.allow_one_more_epoch(trainer)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        trainer.fit(module, train_dataloaders=feed())
+        assert any("no `val_dataloader`" in str(warning.message) for warning in seen)  # Lightning still says so
+        seen.clear()
+        exec(line, {"warnings": warnings})
+        _compat.allow_one_more_epoch(trainer)
+        trainer.fit(module, train_dataloaders=feed())
+        assert not any("no `val_dataloader`" in str(warning.message) for warning in seen)
+
+
+# -- loggers ----------------------------------------------------------------------------------------------------------
 
 
 def test_loggers_are_held_open_and_released_once(trainer, monkeypatch) -> None:
@@ -105,12 +286,32 @@ def test_loggers_are_held_open_and_released_once(trainer, monkeypatch) -> None:
     _compat.release_loggers(trainer)
     _compat.release_loggers(trainer)
     assert finished == ["success"]
+    trainer.loggers[0].finalize("failed")  # Lightning's own again
+    assert finished == ["success", "failed"]
 
 
-def test_schedulers_are_stepped(trainer, module) -> None:
-    _compat.attach(trainer, module)
-    [config] = trainer.strategy.lr_scheduler_configs
-    before = config.scheduler.last_epoch
-    trainer.strategy.optimizers[0].step()
-    _compat.step_schedulers(trainer.strategy)
-    assert config.scheduler.last_epoch == before + 1
+def test_a_held_logger_that_was_never_used_writes_nothing(trainer, tmp_path) -> None:
+    _compat.hold_loggers(trainer)
+    trainer.loggers[0].finalize("success")
+    _compat.release_loggers(trainer)
+    assert not list(tmp_path.rglob("*.csv"))
+
+
+@pytest.mark.parametrize("hold", [True, False])
+def test_one_event_file_for_all_calls(hold, tmp_path, module) -> None:
+    """What holding is for: without it Lightning starts another file with every fit."""
+    trainer = make_trainer(TensorBoardLogger(tmp_path / "board"))
+    if hold:
+        _compat.hold_loggers(trainer)
+    for _ in range(3):
+        _compat.allow_one_more_epoch(trainer)
+        trainer.fit(module, train_dataloaders=feed())
+        trainer.loggers[0].log_metrics({"a": 1.0}, step=trainer.global_step)
+    _compat.release_loggers(trainer)
+    files = list((tmp_path / "board").rglob("events.*"))
+    assert (len(files) == 1) == hold
+
+
+def test_the_registry_is_lightnings() -> None:
+    assert "ddp" in _compat.registry and "fitrl_local" in _compat.registry
+    assert isinstance(_compat.registry.get("fitrl_local"), LocalStrategy)

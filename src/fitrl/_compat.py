@@ -39,7 +39,15 @@ def detach(trainer: lightning.Trainer) -> None:
     trainer.strategy.model = None
     trainer.strategy._reset_optimizers_and_schedulers()
     trainer.fit_loop._combined_loader = None
-    trainer.fit_loop._data_source.instance = None
+    trainer._data_connector._datahook_selector = None
+    for loop in (
+        trainer.fit_loop,
+        trainer.fit_loop.epoch_loop.val_loop,
+        trainer.validate_loop,
+        trainer.test_loop,
+        trainer.predict_loop,
+    ):
+        loop._data_source.instance = None
 
 
 def set_global_step(trainer: lightning.Trainer, step: int) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from typing_extensions import override
 
 from fitrl.errors import InvalidArgumentError
 from fitrl.strategies.verbs import PolicyVerbs
@@ -22,13 +23,18 @@ class LocalStrategy(PolicyVerbs, SingleDeviceStrategy):
     strategy_name = "fitrl_local"
 
     def __init__(self, device: torch.device | str | None = None, **kwargs: Any) -> None:
-        super().__init__(device="cpu" if device is None else device, **kwargs)
-        self._given_device = device is not None
+        super().__init__(**kwargs)
+        self._device = None if device is None else torch.device(device)
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        return self._device or torch.device("cpu")
 
     @property
     def parallel_devices(self) -> list[torch.device]:
         """The device, where it was given; Lightning sets this to the trainer's devices otherwise."""
-        return [self._root_device] if self._given_device else []
+        return [] if self._device is None else [self._device]
 
     @parallel_devices.setter
     def parallel_devices(self, devices: list[torch.device]) -> None:
@@ -37,5 +43,4 @@ class LocalStrategy(PolicyVerbs, SingleDeviceStrategy):
                 f"strategy 'fitrl_local' trains on one device, got {len(devices)}: pass devices=1, or a strategy for "
                 "several"
             )
-        self._root_device = torch.device(devices[0])
-        self._given_device = True
+        self._device = torch.device(devices[0])
