@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from fitrl.errors import CheckpointError
 
@@ -60,6 +61,7 @@ def write(
         CheckpointError: it could not be written; nothing that was there before is lost.
     """
     temporary = folder.parent / f".{folder.name}-{uuid.uuid4().hex[:8]}.tmp"
+    replaced = None
     try:
         temporary.mkdir(parents=True)
         write_weights(temporary)
@@ -70,16 +72,18 @@ def write(
             if file.is_file():
                 _flush(file)
         _flush(temporary)
-        replaced = None
         if folder.exists():
             replaced = folder.rename(temporary.with_suffix(".old"))
         temporary.rename(folder)
         _flush(folder.parent)
         if replaced is not None:
-            shutil.rmtree(replaced)
+            shutil.rmtree(replaced, ignore_errors=True)
     except BaseException as error:
+        if replaced is not None and not folder.exists():
+            replaced.rename(folder)
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
+        # a full disk is a SafetensorError while weights are written, a RuntimeError of torch while the state is
+        if isinstance(error, OSError | SafetensorError | RuntimeError):
             raise CheckpointError(f"cannot write the checkpoint {folder}: {error}") from error
         raise
 

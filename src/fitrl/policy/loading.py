@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import importlib.resources
 import logging
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fitrl.errors import InvalidArgumentError, MissingDependencyError, ModelNotFoundError
+from fitrl.errors import CheckpointError, InvalidArgumentError, MissingDependencyError, ModelNotFoundError
 from fitrl.objective.fused_linear import linear_logits
 from fitrl.policy.attention import attention_kernels
 
@@ -87,6 +89,12 @@ class Policy:
         return int(self.causal_lm.config.get_text_config().hidden_size)
 
     @property
+    def vocabulary_size(self) -> int:
+        """Number of token ids that the policy can read."""
+        embeddings: Any = self.causal_lm.get_input_embeddings()
+        return int(embeddings.weight.shape[0])
+
+    @property
     def num_layers(self) -> int:
         """Number of decoder layers."""
         return int(self.causal_lm.config.get_text_config().num_hidden_layers)
@@ -150,8 +158,10 @@ def load_tokenizer(base_model: str) -> PreTrainedTokenizerBase:
     folder, options = _resolve(base_model)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, struct.error) as error:
         raise _not_found(base_model, error) from error
+    if len(tokenizer) < 2:  # transformers makes an empty tokenizer of a folder without one
+        raise ModelNotFoundError(f"base_model {base_model!r} has no tokenizer: save one beside the weights")
     return tokenizer
 
 
@@ -182,7 +192,7 @@ def load_policy(
             network: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32, **options, **(_dequantized() if "gguf_file" in options else {})
             )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError, struct.error) as error:
         raise _not_found(base_model, error) from error
     if "gguf_file" in options and getattr(network, "hf_quantizer", None) is not None:
         # the weights are plain float32 by now; transformers would refuse to save them all the same
@@ -203,26 +213,42 @@ def load_policy(
 
 def load_weights(policy: Policy, folder: Path) -> None:
     """Read a checkpoint folder's weights into a live policy, exactly."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    result: Any
+    state: dict[str, Tensor] = {}
+    try:
+        for file in sorted(folder.glob("adapter_model.safetensors" if policy.is_adapter else "model*.safetensors")):
+            state |= load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"the weights in {folder} cannot be read: {error}") from error
+    held = trained_state(policy)
+    tied = set() if policy.is_adapter else set(getattr(policy.network, "all_tied_weights_keys", {}) or {})
+    missing = sorted(held.keys() - state.keys() - tied)
+    unexpected = sorted(state.keys() - held.keys())
+    reshaped = [name for name in held.keys() & state.keys() if held[name].shape != state[name].shape]
+    if missing or unexpected or reshaped:  # before anything is changed
+        raise InvalidArgumentError(
+            f"{folder} holds other weights than the open model: missing {missing[:3]}, unexpected {unexpected[:3]}, "
+            f"of another shape {sorted(reshaped)[:3]}"
+        )
     if policy.is_adapter:
         from peft import set_peft_model_state_dict
 
-        result = set_peft_model_state_dict(policy.network, load_file(folder / "adapter_model.safetensors"))
-        missing: list[str] = []
+        set_peft_model_state_dict(policy.network, state)
     else:
-        state: dict[str, Tensor] = {}
-        for file in sorted(folder.glob("model*.safetensors")):
-            state |= load_file(file)
-        result = policy.network.load_state_dict(state, strict=False)
-        tied = set(getattr(policy.network, "all_tied_weights_keys", {}) or {})
-        missing = [name for name in result.missing_keys if name not in tied]
-    if result.unexpected_keys or missing:
-        raise InvalidArgumentError(
-            f"{folder} holds other weights than the open model: missing {missing[:3]}, "
-            f"unexpected {list(result.unexpected_keys)[:3]}"
-        )
+        policy.network.load_state_dict(state, strict=False)
+
+
+def trained_state(policy: Policy) -> Mapping[str, Tensor]:
+    """The trained weights under the names of a saved checkpoint: all of them, or the adapters'."""
+    if not policy.is_adapter:
+        return policy.network.state_dict()
+    from peft import get_peft_model_state_dict
+
+    # "auto" would ask the model hub whether the vocabulary was resized
+    state: Mapping[str, Tensor] = get_peft_model_state_dict(policy.network, save_embedding_layers=False)
+    return state
 
 
 def save_weights(policy: Policy, folder: Path) -> None:
@@ -298,7 +324,10 @@ def _with_adapters(network: PreTrainedModel, lora: LoraSettings) -> Any:
     )
     with torch.random.fork_rng():
         torch.manual_seed(lora.seed)
-        return get_peft_model(network, config)
+        try:
+            return get_peft_model(network, config)
+        except ValueError as error:
+            raise InvalidArgumentError(f"LoraSettings.target_modules={lora.target_modules!r}: {error}") from error
 
 
 def _disable_dropout(network: nn.Module) -> None:

@@ -118,7 +118,8 @@ class TrainableModel:
             raise InvalidArgumentError(f"split must be letters, digits, '.', '_' and '-', got {split!r}")
         groups = list(groups)
         at = self.step if step is None else step
-        numbers = _averages(groups) | dict(metrics or {})
+        numbers = _averages(groups) | {key: float(value) for key, value in (metrics or {}).items()}
+        lines = [group.to_json() + "\n" for group in groups]  # before anything is written
         if split != "train":
             numbers = {f"{split}/{key}": value for key, value in numbers.items()}
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -126,7 +127,7 @@ class TrainableModel:
             path = self.run_dir / "trajectories" / split / f"{at:04d}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a") as file:
-                file.writelines(group.to_json() + "\n" for group in groups)
+                file.writelines(lines)
         with (self.run_dir / "history.jsonl").open("a") as file:
             file.write(json.dumps({"step": at, "split": split, "time": time.time(), "metrics": numbers}) + "\n")
         for logger in self.loggers:

@@ -7,7 +7,7 @@ mean over ranks, because the batch carries the global denominators.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from fitrl.errors import InvalidArgumentError, UnsupportedError
 from fitrl.objective.fused_linear import fused_linear_policy_loss, linear_logprobs
 from fitrl.objective.objective import CustomObjective, LossInputs, Objective, PolicyLoss
 from fitrl.objective.policy_loss import policy_loss
-from fitrl.policy.loading import Policy, load_policy
+from fitrl.policy.loading import Policy, load_policy, trained_state
 from fitrl.policy.metrics import CallTotals, derive, mismatch
 from fitrl.policy.model import TrainableModel
 
@@ -120,13 +120,7 @@ class PolicyModule(lightning.LightningModule):
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The trained weights under the names of a saved checkpoint: all of them, or the adapters'."""
-        if self.policy.is_adapter:
-            from peft import get_peft_model_state_dict
-
-            state: Mapping[str, Tensor] = get_peft_model_state_dict(self.policy.network)
-        else:
-            state = self.policy.network.state_dict()
-        for name, tensor in state.items():
+        for name, tensor in trained_state(self.policy).items():
             yield name, tensor.detach()
 
     # -- loss and logprobs --------------------------------------------------------------------------------------
