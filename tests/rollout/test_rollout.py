@@ -8,7 +8,9 @@ import fitrl
 from fitrl.data.tokens import tokenize
 from fitrl.errors import DataError, GroupError, InvalidArgumentError
 from fitrl.rollout.rollout import read_task, run_blocking
+from fitrl.rollout.sampler import Sampler
 from fitrl.rollout.transformers import TransformersSampler
+from helpers import decode
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +126,192 @@ def test_bad_tasks_and_arguments(sampler) -> None:
 
     with pytest.raises(GroupError, match="has no tokenizer"):
         fitrl.rollout(NoTokenizer(), ["1+1="], reward=length, group_size=1)
+
+
+# -- with a sampler that says what it is told to --------------------------------------------------------------------
+
+
+class Scripted:
+    """Answers in order, and keeps what it was asked."""
+
+    version = 4
+
+    def __init__(self, tokenizer, answers) -> None:
+        self.tokenizer = tokenizer
+        self.answers = iter(answers)
+        self.asked: list[dict] = []
+
+    async def sample(self, prompt_ids, **options):
+        self.asked.append({"prompt": decode(self.tokenizer, prompt_ids), **options})
+        text = next(self.answers)
+        ids = (*text.encode(), 260)
+        return [
+            fitrl.Completion(
+                message={"role": "assistant", "content": text},
+                token_ids=ids,
+                logprobs=(-0.5,) * len(ids),
+                temperature=options["temperature"],
+                prompt_ids=tuple(prompt_ids),
+                version=self.version,
+            )
+        ]
+
+    def update(self, weights, version) -> None:
+        raise AssertionError("nobody trains here")
+
+
+def is_seven(task, trajectory) -> float:
+    return float(trajectory.completions()[-1].text == "7")
+
+
+def test_any_sampler_will_do_and_gets_every_setting(tiny_tokenizer) -> None:
+    scripted = Scripted(tiny_tokenizer, ["7", "8"])
+    assert isinstance(scripted, Sampler)
+    settings = {"max_new_tokens": 9, "temperature": 0.7, "top_p": 0.9, "top_k": 5}
+    [group] = fitrl.rollout(
+        scripted, ["3+4="], reward=is_seven, group_size=2, stop=["\n"], max_concurrency=1, **settings
+    )
+    assert group.rewards == [1.0, 0.0]
+    assert [completion.version for trajectory in group for completion in trajectory.completions()] == [4, 4]
+    for asked in scripted.asked:
+        assert asked == {
+            "prompt": "<|user|>3+4=<|end|><|assistant|>",
+            "n": 1,
+            "stop": ("\n",),
+            "seed": None,
+            **settings,
+        }
+
+
+def test_tools_of_a_task_are_rendered_and_kept(tiny_tokenizer) -> None:
+    scripted = Scripted(tiny_tokenizer, ["7"])
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    task = {"messages": [{"role": "user", "content": "3+4="}], "tools": tools}
+    [group] = fitrl.rollout(scripted, [task], reward=is_seven, group_size=1)
+    assert '"name": "add"' in scripted.asked[0]["prompt"]
+    assert group.trajectories[0].tools == tools
+    [history] = tokenize(group.trajectories[0], tiny_tokenizer).histories
+    assert decode(tiny_tokenizer, history.token_ids) == scripted.asked[0]["prompt"] + "7<|end|>"
+
+
+def test_tasks_may_come_from_a_generator_and_are_not_changed(tiny_tokenizer) -> None:
+    scripted = Scripted(tiny_tokenizer, "abcd")
+    messages = [{"role": "user", "content": "?"}]
+    groups = fitrl.rollout(scripted, (messages for _ in range(2)), reward=is_seven, group_size=2, max_concurrency=1)
+    assert [[t.completions()[0].text for t in group] for group in groups] == [["a", "b"], ["c", "d"]]
+    assert messages == [{"role": "user", "content": "?"}]
+    assert fitrl.rollout(scripted, [], reward=is_seven) == []
+
+
+def test_every_attempt_and_every_turn_has_a_seed_of_its_own(tiny_tokenizer) -> None:
+    async def agent(chat, task):
+        messages = [{"role": "user", "content": task}]
+        for _ in range(3):
+            messages += [await chat(messages), {"role": "user", "content": "again"}]
+        return fitrl.Trajectory(messages_and_choices=messages)
+
+    def seeds(seed) -> list[int]:
+        scripted = Scripted(tiny_tokenizer, ["7"] * 24)
+        fitrl.rollout(scripted, ["a", "b"], reward=is_seven, group_size=4, agent=agent, seed=seed, max_concurrency=1)
+        return [asked["seed"] for asked in scripted.asked]
+
+    assert seeds(3) == seeds(3)
+    assert len(set(seeds(3)) | set(seeds(4)) | set(seeds(0))) == 3 * 24
+    assert seeds(None) == [None] * 24
+
+
+def test_a_large_seed(sampler) -> None:
+    runs = [
+        fitrl.rollout(sampler, ["1+1="], reward=length, group_size=2, max_new_tokens=3, seed=2**62) for _ in range(2)
+    ]
+    assert [t.completions() for g in runs[0] for t in g] == [t.completions() for g in runs[1] for t in g]
+
+
+def test_the_agent_sees_the_task_as_it_is_and_sets_what_it_likes(tiny_tokenizer) -> None:
+    task = object()
+
+    async def agent(chat, seen):
+        assert seen is task
+        said = await chat([{"role": "user", "content": "3+4="}])
+        helper = await chat([{"role": "user", "content": "check"}])
+        return fitrl.Trajectory(
+            messages_and_choices=[{"role": "user", "content": "3+4="}, said],
+            additional_histories=[fitrl.History(messages_and_choices=[{"role": "user", "content": "check"}, helper])],
+            metrics={"turns": 2.0},
+        )
+
+    [group] = fitrl.rollout(
+        Scripted(tiny_tokenizer, ["7", "ok"]),
+        [task],
+        reward=lambda seen, trajectory: float(seen is task and len(trajectory.completions()) == 2),
+        agent=agent,
+        group_size=1,
+    )
+    assert group.rewards == [1.0]
+    assert group.trajectories[0].metrics == {"turns": 2.0}
+
+
+def test_an_agent_that_calls_tools_is_one_history(tiny_tokenizer) -> None:
+    async def agent(chat, task):
+        messages = [{"role": "user", "content": task}]
+        messages.append(await chat(messages))
+        messages.append({"role": "tool", "content": "7"})
+        messages.append(await chat(messages))
+        return fitrl.Trajectory(messages_and_choices=messages)
+
+    [group] = fitrl.rollout(
+        Scripted(tiny_tokenizer, ["add(3,4)", "7"]), ["3+4="], reward=is_seven, agent=agent, group_size=1
+    )
+    [history] = tokenize(group.trajectories[0], tiny_tokenizer).histories
+    assert decode(tiny_tokenizer, history.token_ids) == (
+        "<|user|>3+4=<|end|><|assistant|>add(3,4)<|end|><|tool|>7<|end|><|assistant|>7<|end|>"
+    )
+    assert decode(tiny_tokenizer, history.token_ids[history.mask]) == "add(3,4)<|end|>7<|end|>"
+
+
+def test_an_agent_that_returns_nothing_is_told_so(tiny_tokenizer) -> None:
+    """And not by an AttributeError inside the reward function."""
+
+    async def forgetful(chat, task):
+        await chat([{"role": "user", "content": task}])
+
+    with pytest.raises(GroupError, match="NoneType instead of a Trajectory"):
+        fitrl.rollout(Scripted(tiny_tokenizer, ["7"]), ["3+4="], reward=is_seven, agent=forgetful, group_size=1)
+
+
+def test_no_more_attempts_run_at_once_than_allowed(tiny_tokenizer) -> None:
+    running: list[int] = []
+    most: list[int] = []
+
+    async def agent(chat, task):
+        running.append(1)
+        most.append(len(running))
+        said = await chat([{"role": "user", "content": task}])
+        await asyncio.sleep(0)
+        running.pop()
+        return fitrl.Trajectory(messages_and_choices=[{"role": "user", "content": task}, said])
+
+    fitrl.rollout(
+        Scripted(tiny_tokenizer, ["7"] * 8), ["a", "b"], reward=is_seven, agent=agent, group_size=4, max_concurrency=3
+    )
+    assert max(most) == 3
+
+
+def test_a_blocking_rollout_is_answered_while_the_outer_loop_has_a_request_waiting(sampler) -> None:
+    """In a notebook, both use one sampler; the outer loop stands still until the rollout has ended."""
+
+    async def agent(chat, task):
+        said = await asyncio.wait_for(chat([{"role": "user", "content": task}]), 5)
+        return fitrl.Trajectory(messages_and_choices=[{"role": "user", "content": task}, said])
+
+    async def notebook():
+        outer = asyncio.create_task(sampler.sample([7], max_new_tokens=2))
+
+        async def blocks():
+            return fitrl.rollout(sampler, ["1+1="], reward=length, agent=agent, group_size=1, max_new_tokens=2)
+
+        inner = asyncio.create_task(blocks())  # runs in the same turn of the loop as the request before it
+        return await inner, await outer
+
+    [group], outer = asyncio.run(notebook())
+    assert len(group) == len(outer) == 1

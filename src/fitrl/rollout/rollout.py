@@ -183,6 +183,8 @@ async def rollout_async(
     """`rollout` for code that has an event loop."""
     if group_size < 1:
         raise InvalidArgumentError(f"group_size must be at least 1, got {group_size}")
+    if isinstance(stop, str):
+        raise InvalidArgumentError(f"stop must be a list of strings, got the string {stop!r}")
 
     async def attempt(task: Task, number: int) -> Trajectory:
         chat = Chat(
@@ -195,6 +197,8 @@ async def rollout_async(
             seed=None if seed is None else seed * 1_000_003 + number * 1_009,
         )
         trajectory = await (agent or one_turn)(chat, task)
+        if not isinstance(trajectory, Trajectory):
+            raise TypeError(f"a rollout returned {type(trajectory).__name__} instead of a Trajectory")
         value = reward(task, trajectory)
         trajectory.reward = float(await value if inspect.isawaitable(value) else value)
         return trajectory

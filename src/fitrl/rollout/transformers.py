@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -81,7 +82,10 @@ class TransformersSampler:
         self._version = version
         self._max_batch_size = max_batch_size
         self._context = context
-        self._waiting: dict[_Settings, list[_Request]] = {}
+        # by event loop: a request is answered by the loop that asked, and one loop never waits for another
+        self._waiting: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[_Settings, list[_Request]]] = (
+            weakref.WeakKeyDictionary()
+        )
         self._closed = False
 
     @property
@@ -127,7 +131,7 @@ class TransformersSampler:
         seed: int | None = None,
     ) -> list[Completion]:
         """Sample n completions of one prompt; see `Sampler.sample`. Without a seed, torch's global RNG gives one."""
-        self._check(prompt_ids, n, max_new_tokens, temperature, top_p, top_k)
+        self._check(prompt_ids, n, max_new_tokens, temperature, top_p, top_k, stop)
         loop = asyncio.get_running_loop()
         settings = _Settings(
             max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, stop=tuple(stop)
@@ -138,15 +142,15 @@ class TransformersSampler:
             seed=int(torch.randint(2**62, ())) if seed is None else seed,
             future=loop.create_future(),
         )
-        if not self._waiting:
+        if loop not in self._waiting:
+            self._waiting[loop] = {}
             loop.call_soon(self._dispatch, loop)
-        self._waiting.setdefault(settings, []).append(request)
+        self._waiting[loop].setdefault(settings, []).append(request)
         return await request.future
 
     def _dispatch(self, loop: asyncio.AbstractEventLoop) -> None:
         """Start one worker for everything that has arrived."""
-        waiting, self._waiting = self._waiting, {}
-        loop.run_in_executor(None, self._serve, loop, waiting)
+        loop.run_in_executor(None, self._serve, loop, self._waiting.pop(loop))
 
     def _serve(self, loop: asyncio.AbstractEventLoop, waiting: dict[_Settings, list[_Request]]) -> None:
         for settings, requests in waiting.items():
@@ -167,11 +171,18 @@ class TransformersSampler:
         temperature: float,
         top_p: float,
         top_k: int | None,
+        stop: Sequence[str],
     ) -> None:
         if self._closed:
             raise SamplerError("this sampler's trainer was closed or took up another model; ask trainer.sampler(model)")
         if not len(prompt_ids):
             raise InvalidArgumentError("prompt_ids is empty: a completion needs at least one token before it")
+        size = self.policy.vocabulary_size
+        if not 0 <= min(prompt_ids) <= max(prompt_ids) < size:
+            wrong = next(token for token in prompt_ids if not 0 <= token < size)
+            raise InvalidArgumentError(f"prompt_ids holds {wrong}; the policy's vocabulary is 0 to {size - 1}")
+        if isinstance(stop, str) or not all(stop):
+            raise InvalidArgumentError(f"stop must be a list of strings that are not empty, got {stop!r}")
         for name, value in (("n", n), ("max_new_tokens", max_new_tokens)):
             if value < 1:
                 raise InvalidArgumentError(f"{name} must be at least 1, got {value}")
@@ -196,7 +207,7 @@ class TransformersSampler:
             limit = settings.max_new_tokens
             if context is not None:
                 limit = min(limit, context - len(request.prompt_ids))
-            uniforms = torch.rand(request.n, limit, generator=torch.Generator().manual_seed(request.seed))
+            uniforms = torch.rand(request.n, limit, generator=torch.Generator().manual_seed(request.seed % 2**63))
             rows = [_Row(prompt_ids=request.prompt_ids, uniforms=row, max_tokens=limit) for row in uniforms]
             rows_of.append(rows)
             by_prompt.setdefault(request.prompt_ids, []).extend(rows)
