@@ -126,7 +126,7 @@ def test_a_filler_reaches_the_weights_with_a_gradient_of_zero(
     )
     result.loss.backward()
 
-    assert float(result.loss) == 0.0
+    assert result.loss.item() == 0.0
     gradients = [parameter.grad for parameter in fresh_policy.network.parameters()]
     assert all(gradient is not None and not gradient.any() for gradient in gradients)
 
@@ -141,7 +141,7 @@ def test_a_filler_of_a_token_without_logprob_weighs_nothing_either() -> None:
     )
     result.loss.backward()
 
-    assert float(result.loss) == 0.0
+    assert result.loss.item() == 0.0
     assert logprobs.grad is not None
     assert logprobs.grad.tolist() == [0.0]
 

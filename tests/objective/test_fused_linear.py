@@ -560,9 +560,12 @@ def test_extreme_logits_stay_finite() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Notes the most elements that any operation returned."""
+    """Notes the most elements that any operation returned, and all shapes."""
 
-    elements = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+        self.shapes: set[tuple[int, ...]] = set()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -571,6 +574,7 @@ class Largest(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self.elements = max(self.elements, leaf.numel())
+                self.shapes.add(tuple(leaf.shape))
         return result
 
 
@@ -607,6 +611,21 @@ def test_only_one_tile_of_logits_exists(dtype: torch.dtype, exact: bool, name: s
     assert largest.elements == rows * vocabulary
     assert max(saved) == vocabulary * width
     assert all(tensor.grad is not None for tensor in head.values())
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
+def test_no_memory_for_the_gradient_of_a_frozen_input(frozen: str, batch: dict[str, Tensor]) -> None:
+    shapes = {}
+    for trained in (True, False):
+        head = make_head()
+        head[frozen].requires_grad_(trained)
+        loss = fused_linear_policy_loss(**head, **batch, objective=Objective(), rows_per_tile=2).loss
+        with Largest() as largest:
+            loss.backward()
+        shapes[trained] = largest.shapes
+    shape = {"hidden": (TOKENS, WIDTH), "weight": (VOCABULARY, WIDTH), "bias": (VOCABULARY,)}[frozen]
+    assert shape in shapes[True]
+    assert shape not in shapes[False]
 
 
 def test_the_memory_test_sees_explicit_logits(head: dict[str, Tensor], batch: dict[str, Tensor]) -> None:

@@ -217,7 +217,8 @@ def test_ratio_window(options: dict[str, Any], window: tuple[float, float]) -> N
     ("options", "teaches"),
     [
         ({}, False),
-        ({"ppo": True, "dual_clip": 3.0, "mask_prob_ratio": True}, False),
+        ({"ppo": True, "dual_clip": 3.0}, False),
+        ({"ppo": True, "mask_prob_ratio": True}, False),
         ({"truncated_importance_sampling": 2.0}, False),
         ({"kl_coef": 0.1}, True),
         ({"kl_coef": 0.1, "kl_in": "advantage"}, True),
@@ -257,3 +258,18 @@ def test_a_custom_objective_is_anything_callable_that_says_what_it_needs() -> No
     assert isinstance(Mine(), CustomObjective)
     assert not isinstance(Objective(), CustomObjective)
     assert not isinstance(len, CustomObjective)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"kimi_k2_tau": 0.0}, "kimi_k2_tau"),
+        ({"max_negative_advantage_importance_sampling_weight": 5.0}, "max_negative_advantage"),
+        ({"ppo": True, "mask_prob_ratio": True, "ratio_cap": 2.0}, "ratio_cap"),
+        ({"ppo": True, "mask_prob_ratio": True, "dual_clip": 1.2}, "dual_clip"),
+        ({"ppo": True, "ratio_cap": 2.0, "dual_clip": 2.0}, "dual_clip"),
+    ],
+)
+def test_a_bound_that_never_binds_is_refused(options: dict[str, Any], name: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"{name}.*has no effect"):
+        Objective(**options)

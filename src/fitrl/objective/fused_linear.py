@@ -173,8 +173,9 @@ class _LinearLogprobs(torch.autograd.Function):
             lse[tile] = logits.logsumexp(dim=1)
             logprobs[tile] = logits.gather(1, targets[tile, None]).squeeze(1) - lse[tile]
             if with_entropies:
-                probs = (logits - lse[tile, None]).exp_()
-                entropies[tile] = lse[tile] - (probs * logits).sum(dim=1)
+                # not lse minus the mean logit: that cancels where the logits share an offset
+                log_probs = logits - lse[tile, None]
+                entropies[tile] = -(log_probs.exp() * log_probs).sum(dim=1)
         ctx.save_for_backward(hidden, weight, bias, targets, temperature, lse, entropies)
         ctx.head, ctx.rows_per_tile, ctx.with_entropies = head.settings, rows_per_tile, with_entropies
         ctx.set_materialize_grads(False)

@@ -100,6 +100,7 @@ class Objective:
             if getattr(self, name) == math.inf:
                 raise InvalidArgumentError(f"{name}=inf bounds nothing; leave it at None")
         self._check_ppo_only()
+        self._check_bounds_that_never_bind()
         self._check_kl()
         if self.norm_length is not None and self.loss_aggregation != "seq_mean_token_sum_norm":
             raise InvalidArgumentError(
@@ -121,6 +122,28 @@ class Objective:
             raise InvalidArgumentError(
                 f"ratio_cap must be greater than 1 + epsilon_high = {self.ratio_window[1]}, got {self.ratio_cap}"
             )
+
+    def _check_bounds_that_never_bind(self) -> None:
+        high = self.ratio_window[1]
+        cap = self.max_negative_advantage_importance_sampling_weight
+        if self.kimi_k2_tau == 0.0:
+            raise InvalidArgumentError("kimi_k2_tau=0 has no effect; leave it at None")
+        if cap is not None and not self.ppo and cap >= high:
+            raise InvalidArgumentError(
+                f"max_negative_advantage_importance_sampling_weight={cap} has no effect with CISPO, which clips at "
+                f"1 + epsilon_high = {high} already"
+            )
+        if self.mask_prob_ratio and self.ratio_cap is not None:
+            raise InvalidArgumentError(
+                f"ratio_cap={self.ratio_cap} has no effect with mask_prob_ratio, which leaves out what it would cap"
+            )
+        if self.dual_clip is not None:
+            reached = high if self.mask_prob_ratio else self.ratio_cap
+            if reached is not None and self.dual_clip >= reached:
+                raise InvalidArgumentError(
+                    f"dual_clip={self.dual_clip} has no effect: no ratio gets past {reached} with mask_prob_ratio="
+                    f"{self.mask_prob_ratio}, ratio_cap={self.ratio_cap}"
+                )
 
     def _check_kl(self) -> None:
         if self.kl_coef == 0.0:
