@@ -218,7 +218,10 @@ def test_custom_objectives_over_logprobs_logits_and_hidden_states_agree(tmp_path
 
 
 @pytest.mark.slow
-def test_compiled_layers_give_the_same_gradient(tmp_path) -> None:
+def test_compiled_layers_give_the_same_gradient(tmp_path, monkeypatch) -> None:
+    # one thread: the compiler would keep a pool of more for the life of the process
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     _, plain = learn(tmp_path / "a")
     _, compiled = learn(tmp_path / "b", trainer={"compile": True})
     assert compiled.metrics["loss/grad_norm"] == pytest.approx(plain.metrics["loss/grad_norm"], rel=1e-4)
