@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 _PROBE_TOLERANCE = 1e-4
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # no slots: the command line reads defaults with vars()
 class LoraSettings:
     """Low-rank adapters (Hu et al. 2021) on the base model's frozen weights.
 

@@ -26,7 +26,7 @@ from fitrl.policy.metrics import CallTotals, derive, mismatch
 from fitrl.policy.model import TrainableModel
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # no slots: the command line reads defaults with vars()
 class AdamWSettings:
     """AdamW (Loshchilov and Hutter 2019) of a policy; the learning rate is an argument of `fit_rl`.
 

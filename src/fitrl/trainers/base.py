@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Self
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Checkpoint, ModelSummary
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.strategies import Strategy
 
 from fitrl import _compat
@@ -67,9 +67,11 @@ class RLTrainer(lightning.Trainer):
         activation_checkpointing: keep less for backward, compute more.
         sampler: what `trainer.sampler(model)` returns instead of the embedded one; it is handed the new weights
             after each call.
-        **lightning_options: of `lightning.Trainer`. Defaults that differ for RL: no logger, no checkpoint callback
-            and no progress bar of Lightning's unless asked for, `log_every_n_steps=1`, no sanity validation, the
-            model summary once per model.
+        callbacks: of Lightning or your own.
+        enable_model_summary: print Lightning's model summary, once per model; None: yes.
+        **lightning_options: of `lightning.Trainer`. Defaults that differ for RL, also in place of None: no logger, no
+            checkpoint callback and no progress bar unless asked for, `log_every_n_steps=1`, no sanity validation,
+            `max_epochs=-1`.
 
     Raises:
         InvalidArgumentError: a strategy without the verbs of `PolicyTrainer`.
@@ -91,23 +93,27 @@ class RLTrainer(lightning.Trainer):
         compile: bool = False,
         activation_checkpointing: bool = False,
         sampler: Sampler | None = None,
+        callbacks: list[Callback] | Callback | None = None,
+        enable_model_summary: bool | None = None,
         **lightning_options: Any,
     ) -> None:
-        callbacks = lightning_options.pop("callbacks", None) or []
-        callbacks = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks]
-        if lightning_options.pop("enable_model_summary", True) and not any(
-            isinstance(callback, ModelSummary) for callback in callbacks
-        ):
-            callbacks.append(_SummaryOnce())
-        options: dict[str, Any] = {
+        given = list(callbacks) if isinstance(callbacks, Sequence) else [] if callbacks is None else [callbacks]
+        defaults = {
             "logger": False,
-            "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
-            "enable_progress_bar": False,
+            "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in given),
+            "enable_progress_bar": any(isinstance(callback, ProgressBar) for callback in given),
             "log_every_n_steps": 1,
             "num_sanity_val_steps": 0,
             "max_epochs": -1,
-        } | lightning_options
-        super().__init__(strategy=strategy, callbacks=callbacks, enable_model_summary=False, **options)
+        }
+        # filled in place, so that the command line can follow the options to Lightning's own types and texts
+        for name, value in defaults.items():
+            if lightning_options.get(name) is None:
+                lightning_options[name] = value
+        if enable_model_summary is not False and not any(isinstance(callback, ModelSummary) for callback in given):
+            given.append(_SummaryOnce())
+        max_epochs = lightning_options["max_epochs"]
+        super().__init__(strategy=strategy, callbacks=given, enable_model_summary=False, **lightning_options)
         if not isinstance(self.strategy, PolicyVerbs):
             raise InvalidArgumentError(
                 f"{type(self).__name__} needs a strategy of fitrl, got {type(self.strategy).__name__}: pass "
@@ -118,7 +124,7 @@ class RLTrainer(lightning.Trainer):
         self._compile = compile
         self._activation_checkpointing = activation_checkpointing
         self._given_sampler = sampler
-        self._user_max_epochs = options["max_epochs"]
+        self._user_max_epochs = max_epochs
         self._session: _Session | None = None
         self._busy = threading.Lock()
 
