@@ -23,6 +23,7 @@ from fitrl.rollout.sampler import Sampler
 from fitrl.rollout.transformers import TransformersSampler
 from fitrl.trainers.base import RLTrainer
 from fitrl.trainers.local import LocalTrainer
+from fitrl.trainers.progress import RewardProgressBar
 
 __version__ = "0.1.0"
 
@@ -44,6 +45,7 @@ __all__ = [
     "PolicyModule",
     "PolicyTrainer",
     "RLTrainer",
+    "RewardProgressBar",
     "RolloutDataModule",
     "Sampler",
     "Scores",

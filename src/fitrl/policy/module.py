@@ -7,6 +7,7 @@ mean over ranks, because the batch carries the global denominators.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,7 @@ class PolicyModule(lightning.LightningModule):
         self.reward_history: list[tuple[int, float]] = []
         self.call_metrics: dict[str, float] = {}
         self.host_metrics: dict[str, float] = {}
+        self.clock: tuple[float, float] | None = None  # start of the running call, tokens that it learns from
         self._observed: list[dict[str, float]] = []
         self.last_grad_norm: Tensor | None = None
         self.last_loss: PolicyLoss | None = None
@@ -295,16 +297,22 @@ class PolicyModule(lightning.LightningModule):
     def on_train_epoch_end(self) -> None:
         """Reduce the raw metrics, derive the public ones, hand them to callbacks, progress bar and loggers."""
         self.call_metrics = self.host_metrics | self.totals.compute() | {"objective/exact": 1.0}
+        if self.clock is not None:  # after the totals, which wait for the device
+            start, tokens = self.clock
+            self.clock = None
+            seconds = time.perf_counter() - start
+            self.call_metrics |= {"time/train_s": seconds, "throughput/tokens_per_s": tokens / seconds}
         self._observed.clear()
         # these are Python floats that are reduced already; Module.log would make a metric object of each, every call
         trainer = self.trainer
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.call_metrics.items()})
-        shown = ("reward/mean", "loss/train", "mismatch/kl")
+        shown = ("reward/mean", "loss/train", "mismatch/kl", "throughput/tokens_per_s")
         trainer.progress_bar_metrics.update(
             {name: self.call_metrics[name] for name in shown if name in self.call_metrics}
         )
         for logger in trainer.loggers:
             logger.log_metrics(self.call_metrics, step=trainer.global_step)
+        self.model.told.note(trainer.loggers, self.call_metrics, trainer.global_step)
 
     def configure_optimizers(self) -> Any:
         """AdamW, and the schedule as a factor on its learning rate."""

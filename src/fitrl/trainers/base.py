@@ -43,6 +43,7 @@ from fitrl.rollout.transformers import TransformersSampler
 from fitrl.strategies.verbs import PolicyVerbs
 from fitrl.trainers.learning_rate import num_trajectories_factor, reward_std_factor
 from fitrl.trainers.plan import Plan, plan_call
+from fitrl.trainers.progress import RewardProgressBar
 from fitrl.trainers.settings import UpdateSettings, naming_the_backend
 
 
@@ -58,6 +59,9 @@ class _Session:
 
 class RLTrainer(lightning.Trainer):
     """A Lightning trainer with `fit_rl`; subclasses are backends and add typed arguments.
+
+    The loop around `fit_rl` is the user's, so a callback that asks to stop (EarlyStopping) is heard there: after a call
+    `trainer.should_stop` is what callbacks said during that call. Break then; a further call would go on training.
 
     Args:
         strategy: name or instance of a fitrl strategy.
@@ -229,6 +233,10 @@ class RLTrainer(lightning.Trainer):
         """Tear down and free the device. What was not saved is gone: `fit_rl` saves unless told not to."""
         self._release()
         _compat.release_loggers(self)
+        callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks:
+            if isinstance(callback, RewardProgressBar):
+                callback.close()
 
     def __enter__(self) -> Self:
         return self
@@ -338,6 +346,7 @@ class RLTrainer(lightning.Trainer):
                 torch.cuda.reset_peak_memory_stats(device)
             module.host_metrics = samples.metrics | plan.metrics
             module.objective = settings.objective
+            module.clock = (start, samples.metrics["data/num_tokens"] * settings.num_epochs)
             self.verbs.set_learning_rate(rate)
             try:
                 self._run_epoch(module, plan)
@@ -346,11 +355,6 @@ class RLTrainer(lightning.Trainer):
                 if sampler is not None:
                     sampler.update((), self.global_step)
         module.reward_history = history
-        seconds = time.perf_counter() - start
-        module.call_metrics["time/train_s"] = seconds
-        module.call_metrics["throughput/tokens_per_s"] = (
-            samples.metrics["data/num_tokens"] * settings.num_epochs / seconds
-        )
         if device.type == "cuda":
             module.call_metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
         if self._given_sampler is not None:
