@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from jsonargparse import DefaultHelpFormatter
+from jsonargparse import ActionConfigFile, DefaultHelpFormatter
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
@@ -80,9 +80,11 @@ def make_parser(backend: str = DEFAULT_BACKEND, *, shows_all: bool = False) -> P
         formatter_class=_Formatter,
     )
     parser.shows_all = shows_all
+    parser.add_argument(
+        "-c", "--config", action=ActionConfigFile, metavar="FILE", help="a YAML file; may be given several times"
+    )
     run = parser.add_argument_group("run")
     run.add_argument("--backend", default=backend, metavar="NAME", help="which trainer, see `fitrl backends`")
-    run.add_argument("-c", "--config", action="config", metavar="FILE", help="a YAML file; may be given several times")
     run.add_argument("--steps", type=int, default=100, help="calls of fit_rl in the whole run, resumed ones included")
     run.add_argument("--seed", type=int, default=0, help="of the tasks drawn and of the sampling")
     run.add_argument(

@@ -9,6 +9,7 @@ import argparse
 import logging
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from fitrl.cli.imports import working_directory_importable
 from fitrl.cli.loop import learn
 from fitrl.cli.naming import name_run
 from fitrl.discovery import trainer_class
-from fitrl.errors import FitRLError
+from fitrl.errors import FitRLError, GroupError
 from fitrl_command import INTERRUPTED, fail
 
 WRONG = 2
@@ -49,6 +50,8 @@ def main(arguments: Sequence[str]) -> int:
             return fail(str(error) or type(error).__name__, WRONG)
         try:
             learn(cli)
+        except GroupError as error:
+            return fail(f"{error} ({where(error.exceptions[-1])})", 1)
         except KeyboardInterrupt:
             return fail(f"interrupted; go on with: fitrl fit_rl --resume {cli.model.run_dir}", INTERRUPTED)
     return 0
@@ -81,9 +84,16 @@ def choose_backend(arguments: Sequence[str]) -> str:
 def explain(message: str, backend: str) -> str:
     """A complaint of the parser, and what could have been meant."""
     names = [argument.name for argument in fit_rl_arguments(trainer_class(backend))]
-    wrong = [name for name in re.findall(r"\bfit_rl\.(\w+)", message) if name not in names]
+    mentioned = re.findall(r"\bfit_rl\.(\w+)|'fit_rl' does not accept option '(\w+)'", message)
+    wrong = [name for pair in mentioned for name in pair if name and name not in names]
     known = f"; fit_rl of the backend {backend!r} takes: {', '.join(names)}" if wrong else ""
     return f"{message.strip().rstrip('.')}{known}"
+
+
+def where(error: BaseException) -> str:
+    """File and line that raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "nowhere in Python"
 
 
 def _find_resumed(first: argparse.Namespace) -> Path:

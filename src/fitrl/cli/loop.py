@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ def learn(cli: FitRLCLI) -> None:
     bars = [callback for callback in trainer.callbacks if isinstance(callback, RewardProgressBar)]
     rewards: list[float] = []
     start = time.perf_counter()
-    with trainer:
+    with trainer, _no_empty_folder(model):
         if trainer.is_global_zero:
             save_config(model, cli.resolved)
         for bar in bars:
@@ -69,6 +71,19 @@ def save_config(model: TrainableModel, resolved: str) -> None:
     if path.is_file() and path.read_text() != resolved:
         path.rename(path.with_name(f"config-until-{model.step:04d}.yaml"))
     path.write_text(resolved)
+
+
+@contextmanager
+def _no_empty_folder(model: TrainableModel) -> Iterator[None]:
+    """Leave no run folder behind when the first call already fails: there is nothing in it but the configuration."""
+    is_new = not model.run_dir.exists()
+    try:
+        yield
+    except BaseException:
+        if is_new and [path.name for path in model.run_dir.glob("*")] == [CONFIG]:
+            (model.run_dir / CONFIG).unlink()
+            model.run_dir.rmdir()
+        raise
 
 
 def report(model: TrainableModel, rewards: list[float], seconds: float) -> None:
