@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jsonargparse import ActionConfigFile, DefaultHelpFormatter
+from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
@@ -85,7 +86,9 @@ def make_parser(backend: str = DEFAULT_BACKEND, *, shows_all: bool = False) -> P
     )
     run = parser.add_argument_group("run")
     run.add_argument("--backend", default=backend, metavar="NAME", help="which trainer, see `fitrl backends`")
-    run.add_argument("--steps", type=int, default=100, help="calls of fit_rl in the whole run, resumed ones included")
+    run.add_argument(
+        "--steps", type=PositiveInt, default=100, help="calls of fit_rl in the whole run, resumed ones included"
+    )
     run.add_argument("--seed", type=int, default=0, help="of the tasks drawn and of the sampling")
     run.add_argument(
         "--resume", type=str | None, default=None, metavar="RUN", help="go on with this run: a folder, or project/name"

@@ -1,7 +1,7 @@
 """The `rollout` section: tasks, reward and sampling of a run.
 
-Enters: the section's values. Leaves: the groups of a call, whose tasks are a function of (seed, number of the call),
-so that a run that is resumed goes on with the tasks that it would have had.
+Enters: the section's values. Leaves: the groups of a call, whose tasks and sampling are a function of (seed, number of
+the call), so that a run that is resumed goes on with what it would have had.
 """
 
 from __future__ import annotations
@@ -79,13 +79,15 @@ class Rollouts:
             "max_exceptions": max_exceptions,
         }
 
-    def draw(self, seed: int, call: int) -> list[Any]:
-        """The tasks of a call."""
-        return random.Random(f"{seed}/{call}").sample(self.tasks, self.tasks_per_step)
+    def draw(self, seed: int, call: int) -> tuple[list[Any], int]:
+        """The tasks of a call, and the seed of its sampling."""
+        random_numbers = random.Random(f"{seed}/{call}")
+        return random_numbers.sample(self.tasks, self.tasks_per_step), random_numbers.getrandbits(31)
 
     def groups(self, sampler: Sampler, *, seed: int, call: int) -> list[TrajectoryGroup]:
         """Attempt the tasks of a call."""
-        return rollout(sampler, self.draw(seed, call), **self._options)
+        tasks, sampling_seed = self.draw(seed, call)
+        return rollout(sampler, tasks, seed=sampling_seed, **self._options)
 
 
 def read_tasks(named: Named) -> list[Any]:
