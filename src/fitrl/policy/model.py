@@ -3,24 +3,29 @@
 A run folder is `<root>/<project>/<name>/`:
     checkpoints/<step>/           what `fit_rl` saves, see `checkpoints.py`
     history.jsonl                 one line per `log` call
+    lock, holder.json             which trainer has the run open, see `lock.py`
     trajectories/<split>/<step>.jsonl   one group per line, token ids and logprobs kept
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
 
 from fitrl.data.groups import TrajectoryGroup
 from fitrl.errors import InvalidArgumentError
-from fitrl.policy.checkpoints import list_checkpoints
+from fitrl.policy.checkpoints import list_checkpoints, remove
 from fitrl.policy.loading import LoraSettings
 
+_log = logging.getLogger(__name__)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -92,6 +97,45 @@ class TrainableModel:
         """Whole checkpoints, oldest step first."""
         return [path for _, path in list_checkpoints(self.checkpoints_dir)]
 
+    def delete_checkpoints(self, *, best: str | None = None, mode: Literal["max", "min"] = "max") -> list[Path]:
+        """Delete the checkpoints of all steps but the newest, and the best by a logged metric.
+
+        Checkpoints under a name of your own (`save(name=...)`) are left alone.
+
+        Args:
+            best: a key that `log` wrote, "reward/mean" or "val/reward/mean" say; the step it was logged with counts.
+                None: keep the newest only.
+            mode: whether the highest or the lowest value is best.
+
+        Returns:
+            The deleted folders.
+
+        Raises:
+            InvalidArgumentError: no step that has a checkpoint was logged with this metric; nothing is deleted.
+        """
+        if mode not in ("max", "min"):
+            raise InvalidArgumentError(f"mode must be 'max' or 'min', got {mode!r}")
+        steps = {step: path for step, path in list_checkpoints(self.checkpoints_dir) if path.name == f"{step:04d}"}
+        keep = {max(steps)} if steps else set()
+        if best is not None:
+            logged: dict[int, dict[str, float]] = {}
+            for entry in self.history():
+                logged.setdefault(entry["step"], {}).update(entry["metrics"])
+            values = {step: logged[step][best] for step in steps if best in logged.get(step, {})}
+            values = {step: value for step, value in values.items() if value == value}  # NaN is no better than anything
+            if not values:
+                known = sorted({key for metrics in logged.values() for key in metrics})
+                raise InvalidArgumentError(
+                    f"best={best!r} was not logged at any step that has a checkpoint; logged were: "
+                    f"{', '.join(known) or 'no metrics'}"
+                )
+            sign = 1 if mode == "max" else -1
+            keep.add(max(values, key=lambda step: (sign * values[step], step)))
+        doomed = [path for step, path in steps.items() if step not in keep]
+        for path in doomed:
+            remove(path)
+        return doomed
+
     def log(
         self,
         groups: Iterable[TrajectoryGroup] = (),
@@ -101,6 +145,8 @@ class TrainableModel:
         step: int | None = None,
     ) -> dict[str, float]:
         """Append metrics to the run's history, keep the trajectories, and tell the loggers.
+
+        In a job of several processes only the first one writes; the others return the same numbers.
 
         Args:
             groups: trajectories to keep, logprobs included; their rewards and own metrics are averaged.
@@ -122,22 +168,41 @@ class TrainableModel:
         lines = [group.to_json() + "\n" for group in groups]  # before anything is written
         if split != "train":
             numbers = {f"{split}/{key}": value for key, value in numbers.items()}
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        if getattr(rank_zero_only, "rank", 0) != 0:
+            return numbers
         if groups:
-            path = self.run_dir / "trajectories" / split / f"{at:04d}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a") as file:
-                file.writelines(lines)
-        with (self.run_dir / "history.jsonl").open("a") as file:
-            file.write(json.dumps({"step": at, "split": split, "time": time.time(), "metrics": numbers}) + "\n")
+            _append(self.run_dir / "trajectories" / split / f"{at:04d}.jsonl", lines)
+        entry = {"step": at, "split": split, "time": time.time(), "metrics": numbers}
+        _append(self.run_dir / "history.jsonl", [json.dumps(entry) + "\n"])
         for logger in self.loggers:
             logger.log_metrics(numbers, step=at)
         return numbers
 
-    def history(self) -> list[dict[str, object]]:
-        """Everything logged so far, oldest first: step, split, time, metrics."""
+    def history(self) -> list[dict[str, Any]]:
+        """Everything logged so far, oldest first: step, split, time, metrics.
+
+        A line that a crash cut short is left out and named in a warning.
+        """
         path = self.run_dir / "history.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        entries: list[dict[str, Any]] = []
+        for number, line in enumerate(path.read_text().splitlines() if path.is_file() else (), start=1):
+            try:
+                entries.append(json.loads(line))
+            except ValueError:
+                _log.warning("skipped: line %d of %s is cut", number, path)
+        return entries
+
+
+def _append(path: Path, lines: Sequence[str]) -> None:
+    """Append whole lines, also after one that a crash cut short."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        end = file.seek(0, 2)
+        if end:
+            file.seek(end - 1)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write("".join(lines).encode())
 
 
 def _averages(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
