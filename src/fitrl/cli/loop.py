@@ -22,11 +22,12 @@ def learn(cli: FitRLCLI) -> None:
     model, steps, seed = cli.model, cli.config.steps, cli.config.seed
     trainer: Any = cli.trainer  # of a backend: a Lightning trainer with fit_rl and sampler
     torch.manual_seed(seed)  # before the policy is opened: a checkpoint brings the RNG's state with it
-    done = calls_done(model)
     bars = [callback for callback in trainer.callbacks if isinstance(callback, RewardProgressBar)]
     rewards: list[float] = []
     start = time.perf_counter()
-    with trainer, _no_empty_folder(model):
+    with _no_empty_folder(model), trainer:
+        trainer.sampler(model)  # opens the run: from here on it is ours
+        done = calls_done(model)
         if trainer.is_global_zero:
             save_config(model, cli.resolved)
         for bar in bars:
@@ -36,9 +37,8 @@ def learn(cli: FitRLCLI) -> None:
             groups = cli.rollouts.groups(trainer.sampler(model), seed=seed, call=call)
             extra = {"loop/call": float(call), "time/rollout_s": time.perf_counter() - begin}
             result = trainer.fit_rl(model, groups, **cli.arguments)
-            if trainer.is_global_zero:
-                logged = model.log(groups, metrics=result.metrics | extra, step=result.step)
-                rewards.append(logged["reward/mean"])
+            logged = model.log(groups, metrics=result.metrics | extra, step=result.step)
+            rewards.append(logged["reward/mean"])
             if not result.num_optimizer_steps:
                 for bar in bars:
                     bar.advance(result.metrics)
@@ -80,8 +80,10 @@ def _no_empty_folder(model: TrainableModel) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if is_new and [path.name for path in model.run_dir.glob("*")] == [CONFIG]:
-            (model.run_dir / CONFIG).unlink()
+        left = {path.name for path in model.run_dir.glob("*")}
+        if is_new and CONFIG in left and left <= {CONFIG, "lock", "holder.json"}:
+            for name in left:
+                (model.run_dir / name).unlink(missing_ok=True)
             model.run_dir.rmdir()
         raise
 

@@ -6,6 +6,7 @@ share a microbatch, because sequence-level ratios need the whole trajectory.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
@@ -37,6 +38,7 @@ def pack(
     *,
     max_tokens: int | None = None,
     num_batches: int | None = None,
+    multiple_of: int = 1,
     layout: Layout = "auto",
     hidden_size: int = 1024,
     num_tokens: float | None = None,
@@ -51,6 +53,8 @@ def pack(
         samples: trajectories.
         max_tokens: most positions in a microbatch, padding included; None: one microbatch.
         num_batches: exactly so many microbatches instead, of about equal size.
+        multiple_of: with `max_tokens`, rather some more microbatches than a number that this does not divide, so that
+            each of so many ranks has work.
         layout: "auto" takes, per microbatch, the one that costs the transformer less arithmetic.
         hidden_size: width of the model, which decides what attention over a packed row costs.
         num_tokens: trainable tokens of the step; None: those of `samples`.
@@ -72,7 +76,14 @@ def pack(
     chosen = [index for index, sample in enumerate(samples) if sample.advantage != 0.0 or not skip_zero_advantage]
     chosen = chosen or [0]
     packed = [samples[index] for index in chosen]
-    bins = _balance(packed, num_batches) if num_batches is not None else _first_fit(packed, max_tokens, layout)
+    if num_batches is not None:
+        bins = _balance(packed, num_batches)
+    else:
+        bins = _first_fit(packed, max_tokens, layout)
+        if len(bins) % multiple_of:
+            spread = _balance(packed, math.ceil(len(bins) / multiple_of) * multiple_of)
+            if all(_fits([packed[index] for index in indices], max_tokens, layout) for indices in spread):
+                bins = spread
     return [
         _build(
             [packed[index] for index in indices],
@@ -132,6 +143,11 @@ def _balance(samples: Sequence[Sample], num_batches: int) -> list[list[int]]:
         bins[place].append(index)
         load[place] += samples[index].num_input_tokens
     return [sorted(indices) for indices in bins]
+
+
+def _fits(samples: Sequence[Sample], max_tokens: int | None, layout: Layout) -> bool:
+    histories = [history for sample in samples for history in sample.histories]
+    return max_tokens is None or num_positions(histories, padded=layout == "padded") <= max_tokens
 
 
 def _build(

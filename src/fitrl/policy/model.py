@@ -3,6 +3,7 @@
 A run folder is `<root>/<project>/<name>/`:
     checkpoints/<step>/           what `fit_rl` saves, see `checkpoints.py`
     history.jsonl                 one line per `log` call
+    lock, holder.json             which trainer has the run open, see `lock.py`
     trajectories/<split>/<step>.jsonl   one group per line, token ids and logprobs kept; or .parquet
     config.yaml                   of runs of the command line
 """
@@ -14,14 +15,15 @@ import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
 
 from fitrl.data.groups import TrajectoryGroup
 from fitrl.errors import InvalidArgumentError
 from fitrl.policy import trajectories as files
-from fitrl.policy.checkpoints import list_checkpoints
+from fitrl.policy.checkpoints import list_checkpoints, remove
 from fitrl.policy.loading import LoraSettings
 from fitrl.policy.trajectories import TrajectoryFormat
 
@@ -102,6 +104,45 @@ class TrainableModel:
         """Whole checkpoints, oldest step first."""
         return [path for _, path in list_checkpoints(self.checkpoints_dir)]
 
+    def delete_checkpoints(self, *, best: str | None = None, mode: Literal["max", "min"] = "max") -> list[Path]:
+        """Delete the checkpoints of all steps but the newest, and the best by a logged metric.
+
+        Checkpoints under a name of your own (`save(name=...)`) are left alone.
+
+        Args:
+            best: a key that `log` wrote, "reward/mean" or "val/reward/mean" say; the step it was logged with counts.
+                None: keep the newest only.
+            mode: whether the highest or the lowest value is best.
+
+        Returns:
+            The deleted folders.
+
+        Raises:
+            InvalidArgumentError: no step that has a checkpoint was logged with this metric; nothing is deleted.
+        """
+        if mode not in ("max", "min"):
+            raise InvalidArgumentError(f"mode must be 'max' or 'min', got {mode!r}")
+        steps = {step: path for step, path in list_checkpoints(self.checkpoints_dir) if path.name == f"{step:04d}"}
+        keep = {max(steps)} if steps else set()
+        if best is not None:
+            logged: dict[int, dict[str, float]] = {}
+            for entry in self.history():
+                logged.setdefault(entry["step"], {}).update(entry["metrics"])
+            values = {step: logged[step][best] for step in steps if best in logged.get(step, {})}
+            values = {step: value for step, value in values.items() if value == value}  # NaN is no better than anything
+            if not values:
+                known = sorted({key for metrics in logged.values() for key in metrics})
+                raise InvalidArgumentError(
+                    f"best={best!r} was not logged at any step that has a checkpoint; logged were: "
+                    f"{', '.join(known) or 'no metrics'}"
+                )
+            sign = 1 if mode == "max" else -1
+            keep.add(max(values, key=lambda step: (sign * values[step], step)))
+        doomed = [path for step, path in steps.items() if step not in keep]
+        for path in doomed:
+            remove(path)
+        return doomed
+
     def log(
         self,
         groups: Iterable[TrajectoryGroup] = (),
@@ -111,6 +152,8 @@ class TrainableModel:
         step: int | None = None,
     ) -> dict[str, float]:
         """Append metrics to the run's history, keep the trajectories, and tell the loggers.
+
+        In a job of several processes only the first one writes; the others return the same numbers.
 
         Args:
             groups: trajectories to keep, logprobs included; their rewards and own metrics are averaged.
@@ -131,11 +174,12 @@ class TrainableModel:
         numbers = _averages(groups) | {key: float(value) for key, value in (metrics or {}).items()}
         if split != "train":
             numbers = {f"{split}/{key}": value for key, value in numbers.items()}
+        if getattr(rank_zero_only, "rank", 0) != 0:
+            return numbers
         if groups:
             files.write(self._trajectories_dir(split), at, groups, self.trajectory_format)
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        line = json.dumps({"step": at, "split": split, "time": time.time(), "metrics": numbers}) + "\n"
-        files.append_lines(self.run_dir / "history.jsonl", [line])
+        entry = {"step": at, "split": split, "time": time.time(), "metrics": numbers}
+        files.append_lines(self.run_dir / "history.jsonl", [json.dumps(entry) + "\n"])
         for logger in self.loggers:
             if news := self.told.news(logger, numbers, at):
                 logger.log_metrics(news, step=at)
@@ -143,7 +187,10 @@ class TrainableModel:
         return numbers
 
     def history(self) -> list[dict[str, Any]]:
-        """Everything logged so far, oldest first: step, split, time, metrics."""
+        """Everything logged so far, oldest first: step, split, time, metrics.
+
+        A line that a crash cut short is left out and named in a warning.
+        """
         path = self.run_dir / "history.jsonl"
         return list(files.json_lines(path)) if path.is_file() else []
 

@@ -210,7 +210,9 @@ class PolicyModule(lightning.LightningModule):
                 weights=None if reference == "base" else Path(reference),
                 tokenizer=self.policy.tokenizer,
             )
-            policy.network.requires_grad_(False).eval().to(self.device)
+            policy.network.requires_grad_(False).eval()
+            # in the policy's own precision: else rounding would look like a distance from the reference
+            self.trainer.precision_plugin.convert_module(policy.network).to(self.device)
             self._reference = (reference, policy)
         return self.score(batch, self._reference[1])
 
@@ -280,13 +282,14 @@ class PolicyModule(lightning.LightningModule):
         """Measure the gradient before it is clipped."""
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.last_grad_norm = torch.nn.utils.get_total_norm(grads)
-        rate = torch.tensor(float(optimizer.param_groups[0]["lr"]), dtype=torch.float64)
+        share = 1.0 / self.trainer.world_size  # every rank takes the step, and what they tell is summed
+        rate = torch.tensor(float(optimizer.param_groups[0]["lr"]) * share, dtype=torch.float64)
         norm = self.last_grad_norm.detach()
         self.totals.steps.update(
             {
-                "grad_norm": norm,
+                "grad_norm": norm * share,
                 "learning_rate": rate.to(norm.device, non_blocking=True),
-                "step_count": torch.ones_like(norm),
+                "step_count": torch.full_like(norm, share),
             }
         )
 

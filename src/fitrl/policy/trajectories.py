@@ -47,7 +47,6 @@ def write(folder: Path, step: int, groups: Sequence[TrajectoryGroup], trajectory
     if trajectory_format == "jsonl":
         lines = [group.to_json() + "\n" for group in groups]  # before anything is written
         path = folder / f"{step:04d}.jsonl"
-        folder.mkdir(parents=True, exist_ok=True)
         append_lines(path, lines)
         return path
     rows = [row for number, group in enumerate(groups) for row in _rows(number, group)]
@@ -82,14 +81,15 @@ def read(folder: Path, step: int) -> list[TrajectoryGroup]:
 
 
 def append_lines(path: Path, lines: Sequence[str]) -> None:
-    """Append lines to a file in one write; a last line that was cut by a crash is ended first."""
-    cut = False
-    if path.is_file() and path.stat().st_size:
-        with path.open("rb") as file:
-            file.seek(-1, os.SEEK_END)
+    """Append whole lines in one write, also after one that a crash cut short."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        end = file.seek(0, os.SEEK_END)
+        cut = False
+        if end:
+            file.seek(end - 1)
             cut = file.read(1) != b"\n"
-    with path.open("a", encoding="utf-8") as file:
-        file.write(("\n" if cut else "") + "".join(lines))
+        file.write((b"\n" if cut else b"") + "".join(lines).encode())
 
 
 def json_lines(path: Path) -> Iterator[Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning
 
+from fitrl.data import ranks
 from fitrl.data.batch import Batch
 from fitrl.data.groups import TrajectoryGroup
 from fitrl.data.packing import pack
@@ -107,7 +108,7 @@ class RolloutDataModule(lightning.LightningDataModule):
         )
 
     def batches(self, groups: Sequence[TrajectoryGroup], num_batches: int, *, train: bool) -> list[Batch]:
-        """Microbatches of groups; none when nothing in them can teach."""
+        """This rank's microbatches of groups; none when nothing in them can teach."""
         module = self._module()
         policy, objective = module.policy, module.objective
         needless = isinstance(objective, Objective) and objective.teaches_without_advantage
@@ -126,12 +127,13 @@ class RolloutDataModule(lightning.LightningDataModule):
             return []
         batches = pack(
             flat,
-            num_batches=num_batches,
+            num_batches=num_batches * ranks.world_size(),
             layout="auto" if policy.can_pack else "padded",
             hidden_size=policy.hidden_size,
             measures_mismatch=train,
         )
-        return batches + [batches[0].filler() for _ in range(num_batches - len(batches))]
+        fillers = [batches[0].filler() for _ in range(num_batches * ranks.world_size() - len(batches))]
+        return ranks.share_of(batches + fillers)
 
     def _module(self) -> PolicyModule:
         module = self.trainer.lightning_module if self.trainer is not None else None

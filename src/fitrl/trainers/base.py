@@ -1,17 +1,20 @@
 """`RLTrainer`: a `lightning.Trainer` that learns from groups; the machinery behind every local `fit_rl`.
 
 One call, in reading order: open the model (resume its newest checkpoint) -> groups to samples -> old and reference
-logprobs -> minibatches and microbatches -> one Lightning epoch -> checkpoint -> result.
+logprobs -> minibatches and microbatches -> one Lightning epoch -> checkpoint -> result. With several ranks every one
+makes the same plan and trains its share of it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import sys
 import threading
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +27,10 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, ModelSummary, Prog
 from lightning.pytorch.strategies import Strategy
 
 from fitrl import _compat
+from fitrl.data import ranks
 from fitrl.data.batch import Feed
 from fitrl.data.groups import TrajectoryGroup
+from fitrl.data.join import join_groups
 from fitrl.data.samples import SampleSet, build_samples
 from fitrl.errors import (
     DataError,
@@ -33,6 +38,8 @@ from fitrl.errors import (
     SessionError,
 )
 from fitrl.objective.objective import ImportanceSamplingLevel
+from fitrl.policy.checkpoints import tidy
+from fitrl.policy.lock import RunLock
 from fitrl.policy.model import TrainableModel
 from fitrl.policy.module import AdamWSettings, PolicyModule
 from fitrl.policy.plots import plot_batches
@@ -41,6 +48,7 @@ from fitrl.protocols.verbs import PolicyTrainer
 from fitrl.rollout.sampler import Sampler
 from fitrl.rollout.transformers import TransformersSampler
 from fitrl.strategies.verbs import PolicyVerbs
+from fitrl.trainers.interrupts import Interrupts
 from fitrl.trainers.learning_rate import num_trajectories_factor, reward_std_factor
 from fitrl.trainers.plan import Plan, plan_call
 from fitrl.trainers.progress import RewardProgressBar
@@ -78,7 +86,8 @@ class RLTrainer(lightning.Trainer):
             `max_epochs=-1`.
 
     Raises:
-        InvalidArgumentError: a strategy without the verbs of `PolicyTrainer`.
+        InvalidArgumentError: a strategy without the verbs of `PolicyTrainer`, or one for several processes in a
+            script that was not started with `torchrun`.
     """
 
     backend: ClassVar[str] = "RLTrainer"
@@ -102,6 +111,8 @@ class RLTrainer(lightning.Trainer):
         **lightning_options: Any,
     ) -> None:
         given = list(callbacks) if isinstance(callbacks, Sequence) else [] if callbacks is None else [callbacks]
+        self._interrupts = Interrupts()
+        given.append(self._interrupts)
         defaults = {
             "logger": False,
             "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in given),
@@ -123,6 +134,7 @@ class RLTrainer(lightning.Trainer):
                 f"{type(self).__name__} needs a strategy of fitrl, got {type(self.strategy).__name__}: pass "
                 "strategy='fitrl_local'"
             )
+        self._refuse_other_launchers()
         self._optimizer_settings = optimizer
         self._lr_schedule = lr_schedule
         self._compile = compile
@@ -130,7 +142,9 @@ class RLTrainer(lightning.Trainer):
         self._given_sampler = sampler
         self._user_max_epochs = max_epochs
         self._session: _Session | None = None
+        self._lock: RunLock | None = None
         self._busy = threading.Lock()
+        self._worker: ThreadPoolExecutor | None = None
 
     # -- the session --------------------------------------------------------------------------------------------
 
@@ -160,7 +174,11 @@ class RLTrainer(lightning.Trainer):
         """Set a model up for training and return the verbs; `fit_rl` does it by itself.
 
         A model that is open already stays as it is. Another one is saved, if it has unsaved steps, and released
-        first. A run with checkpoints resumes its newest.
+        first. A run with checkpoints resumes its newest whole one.
+
+        Raises:
+            RunLockedError: another trainer has this run open.
+            CheckpointError: the run's checkpoints are of another kind of policy.
         """
         session = self._session
         # a fit of some other module takes the session's place
@@ -185,13 +203,14 @@ class RLTrainer(lightning.Trainer):
         )
         self.verbs.keep_alive = True
         try:
+            self.strategy.setup_environment()
+            ranks.first(lambda: self._take(model))
             _compat.attach(self, module)
             _compat.set_global_step(self, 0)
             model.step = 0
-            self._session = _Session(model, module, saved_step=0)
-            if model.checkpoints():
-                self.verbs.load()
-                self._session.saved_step = self.global_step
+            self._session = _Session(model, module)
+            self.verbs.resume()
+            self._session.saved_step = self.global_step
         except BaseException:
             self._release()
             raise
@@ -231,6 +250,9 @@ class RLTrainer(lightning.Trainer):
 
     def close(self) -> None:
         """Tear down and free the device. What was not saved is gone: `fit_rl` saves unless told not to."""
+        if self._worker is not None:
+            self._worker.shutdown()
+            self._worker = None
         self._release()
         _compat.release_loggers(self)
         callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]
@@ -244,6 +266,11 @@ class RLTrainer(lightning.Trainer):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        session = self._session
+        interrupted = error is not None and not isinstance(error, Exception)
+        # with several ranks the others may not have been interrupted, and saving waits for all of them
+        if interrupted and session is not None and session.saved_step != self.global_step and ranks.world_size() == 1:
+            self._say_where_to_resume(self._save())
         self.close()
 
     def _release(self) -> None:
@@ -252,6 +279,27 @@ class RLTrainer(lightning.Trainer):
         self._session = None
         self.verbs.close()
         _compat.detach(self)
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _take(self, model: TrainableModel) -> None:
+        """Lock the run folder, then clear what a crash left in it."""
+        self._lock = RunLock(model.run_dir)
+        tidy(model.checkpoints_dir)
+
+    def _refuse_other_launchers(self) -> None:
+        """Let only `torchrun`, or a scheduler like it, start several processes.
+
+        Lightning's own launchers run the whole script again on each rank, rollouts and all, from its start.
+        """
+        environment = getattr(self.strategy, "cluster_environment", None)
+        if self.strategy.launcher is None or (environment is not None and environment.creates_processes_externally):
+            return
+        raise InvalidArgumentError(
+            f"{type(self.strategy).__name__} trains with several processes, which torchrun starts: run "
+            f"'torchrun --nproc_per_node {max(1, self.num_devices)} {Path(sys.argv[0]).name or 'script.py'}'"
+        )
 
     def _require_session(self) -> _Session:
         if self._session is None:
@@ -267,9 +315,15 @@ class RLTrainer(lightning.Trainer):
         if not self._busy.acquire(blocking=False):
             raise SessionError("this trainer is in a fit_rl call already; one trainer trains one model at a time")
         try:
-            return self._update_alone(model, list(groups), settings)
+            with self._interrupts.listen():
+                result = self._update_alone(model, list(groups), settings)
         finally:
             self._busy.release()
+        if (received := self._interrupts.received) is not None:
+            if received is signal.SIGTERM:
+                raise SystemExit(128 + received)
+            raise KeyboardInterrupt
+        return result
 
     def _update_alone(
         self, model: TrainableModel, groups: Sequence[TrajectoryGroup], settings: UpdateSettings
@@ -281,16 +335,19 @@ class RLTrainer(lightning.Trainer):
         before = self.global_step
         checkpoint = None
         metrics = samples.metrics | {"objective/exact": 1.0}
-        if samples.groups:
+        stopped = self._interrupts.agree()
+        if samples.groups and not stopped:
             self._train(samples, settings, history)
             metrics = module.call_metrics
+            stopped = self._interrupts.agreed
             start = time.perf_counter()
             if settings.save_checkpoint:
-                checkpoint = Path(self.verbs.save())
-                self._require_session().saved_step = self.global_step
+                checkpoint = self._save()
             metrics = metrics | {"time/checkpoint_s": time.perf_counter() - start}
-        else:
+        elif not stopped:
             module.reward_history = history
+        if stopped and self._interrupts.received is not None:
+            self._say_where_to_resume(self._save())
         result = LocalTrainResult(
             step=self.global_step,
             metrics=metrics,
@@ -298,12 +355,59 @@ class RLTrainer(lightning.Trainer):
             dropped=samples.dropped,
             checkpoint_path=checkpoint,
         )
-        if settings.verbose:
+        if settings.verbose and self.is_global_zero:
             print(f"{self.backend} {_line(result)}", file=sys.stderr)
         return result
 
+    def _save(self) -> Path | None:
+        """Save the open model's step, unless it is saved already; returns where."""
+        session = self._require_session()
+        if session.saved_step == self.global_step:
+            return session.model.checkpoints_dir / f"{self.global_step:04d}" if self.global_step else None
+        path = Path(self.verbs.save())
+        session.saved_step = self.global_step
+        return path
+
+    def _say_where_to_resume(self, checkpoint: Path | None) -> None:
+        if self.is_global_zero:
+            where = f"saved {checkpoint}" if checkpoint is not None else "nothing was learned yet"
+            print(
+                f"fitrl: stopped at step {self.global_step}, {where}; opening the same model again resumes there",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    async def _in_worker(self, call: Callable[[], Any]) -> Any:
+        """Run a call after those that wait already; a cancelled one stops between two optimizer steps."""
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fitrl-fit_rl")
+        cancelled = threading.Event()
+
+        def run() -> Any:
+            self._interrupts.cancelled = cancelled
+            try:
+                return call()
+            finally:
+                self._interrupts.cancelled = None
+
+        job = self._worker.submit(run)
+        waiting = asyncio.wrap_future(job)
+        try:
+            return await asyncio.shield(waiting)
+        except asyncio.CancelledError as stop:
+            cancelled.set()
+            job.cancel()
+            while not job.done():
+                try:
+                    await asyncio.wait([waiting])
+                except asyncio.CancelledError:
+                    continue  # the step under way is finished all the same
+            if not job.cancelled() and (error := job.exception()) is not None:
+                raise stop from error
+            raise
+
     def _collect(self, model: TrainableModel, groups: Sequence[TrajectoryGroup], settings: UpdateSettings) -> SampleSet:
-        """Open the model and read the groups; nothing is changed before they are known to be sound."""
+        """Open the model, join the ranks' groups and read them; nothing changes before they are known to be sound."""
         for index, group in enumerate(groups):
             if not isinstance(group, TrajectoryGroup):
                 raise DataError(f"groups[{index}] is a {type(group).__name__}, not a TrajectoryGroup")
@@ -312,7 +416,7 @@ class RLTrainer(lightning.Trainer):
             raise SessionError("gradients of forward_backward are waiting: call optim_step or clear_gradients first")
         policy = self._require_session().module.policy
         samples = build_samples(
-            groups,
+            join_groups(groups),
             policy.tokenizer,
             scale_rewards=settings.scale_rewards,
             advantage_balance=settings.advantage_balance,
@@ -367,17 +471,13 @@ class RLTrainer(lightning.Trainer):
         """One Lightning epoch over the microbatches."""
         self.accumulate_grad_batches = plan.accumulate
         _compat.allow_one_more_epoch(self)
-        on_main_thread = threading.current_thread() is threading.main_thread()
-        handler = signal.getsignal(signal.SIGINT) if on_main_thread else None
         try:
             with _compat.without_epoch_notes():
                 self.fit(module, train_dataloaders=Feed(plan.batches))
         except SystemExit as stop:
-            # Lightning answers Ctrl-C by ignoring further ones and leaving the process
+            # Lightning answers the second Ctrl-C by ignoring further ones and leaving the process
             if isinstance(stop.__context__, KeyboardInterrupt):
-                if handler is not None:
-                    signal.signal(signal.SIGINT, handler)
-                self._session = None
+                self._release()
                 raise KeyboardInterrupt from None
             raise
         finally:
