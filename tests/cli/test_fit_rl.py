@@ -124,6 +124,8 @@ def test_tasks_of_a_file(config) -> None:
     [run] = runs()
     told = next(run.rglob("0001.jsonl")).read_text() if list(run.rglob("0001.jsonl")) else ""
     told = told or next(run.rglob("0000.jsonl")).read_text()  # two tasks may teach nothing
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    assert Path(saved["rollout"]["tasks"]) == Path("tasks.jsonl").resolve()
     assert "1+1=" in told and "\\u00e9" in told
 
 
@@ -137,6 +139,8 @@ def test_every_run_is_a_new_one_and_its_configuration_reproduces_it(config, caps
     assert resolved["fit_rl"]["learning_rate"] == 1e-3 and resolved["rollout"]["group_size"] == 6
     assert resolved["backend"] == "local" and resolved["model"]["name"] == "adder" and resolved["resume"] is None
     assert set(resolved["fit_rl"]) == LOCAL_FIT_RL  # what was left to its default is written down too
+    assert resolved["trainer"]["gradient_clip_val"] == 1.0 and resolved["trainer"]["devices"] == 1
+    assert resolved["trainer"]["max_time"] is None  # an option of Lightning that the short help does not show
     torch.manual_seed(99)
     fit("--config", str(first / "config.yaml"))
     [second] = set(runs()) - {first}
@@ -158,7 +162,8 @@ def test_a_run_is_resumed_and_ends_where_an_undisturbed_one_does(config, capsys)
     assert len(runs()) == 2 and calls(run) == [1, 2, 3]
     assert prompts(run, 3) == prompts(whole, 3) != prompts(run, 2)
     assert gap(run, whole, 3) < 2e-4
-    assert yaml.safe_load((run / "config.yaml").read_text())["steps"] == 3
+    resolved = yaml.safe_load((run / "config.yaml").read_text())
+    assert resolved["steps"] == 3 and resolved["resume"] is None  # a configuration is always that of a new run
     assert yaml.safe_load((run / "config-until-0002.yaml").read_text())["steps"] == 2
     capsys.readouterr()
     fit("--resume", str(run.resolve()))  # a folder is a name too; there is nothing left to do

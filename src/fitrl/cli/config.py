@@ -10,9 +10,10 @@ import argparse
 import inspect
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from jsonargparse import ActionConfigFile, DefaultHelpFormatter  # type: ignore[attr-defined]
+from jsonargparse import ActionConfigFile, DefaultHelpFormatter, Namespace  # type: ignore[attr-defined]
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -54,12 +55,21 @@ class _Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
 class Parser(LightningArgumentParser):
     """A parser whose help a person can read: no lists of all known subclasses, and Lightning's options on demand."""
 
-    shows_all: bool = False
+    hidden: Sequence[argparse.Action] | None = None  # what the help leaves out; None: nothing
 
     @override
     def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
-        text = super().format_help(formatter)
-        return text if self.shows_all else re.sub(r",\s+known\s+subclasses:[^)]*\)", ")", text)
+        if self.hidden is None:
+            return super().format_help(formatter)
+        texts = [action.help for action in self.hidden]
+        for action in self.hidden:
+            action.help = argparse.SUPPRESS  # while it is printed: jsonargparse saves no option that is suppressed
+        try:
+            text = super().format_help(formatter)
+        finally:
+            for action, told in zip(self.hidden, texts, strict=True):
+                action.help = told
+        return re.sub(r",\s+known\s+subclasses:[^)]*\)", ")", text)
 
 
 def make_parser(backend: str = DEFAULT_BACKEND, *, shows_all: bool = False) -> Parser:
@@ -80,7 +90,6 @@ def make_parser(backend: str = DEFAULT_BACKEND, *, shows_all: bool = False) -> P
         exit_on_error=False,
         formatter_class=_Formatter,
     )
-    parser.shows_all = shows_all
     parser.add_argument(
         "-c", "--config", action=ActionConfigFile, metavar="FILE", help="a YAML file; may be given several times"
     )
@@ -104,12 +113,24 @@ def make_parser(backend: str = DEFAULT_BACKEND, *, shows_all: bool = False) -> P
         groups[name].title = _SECTIONS[name]
     if not shows_all:
         own = set(inspect.signature(trainer.__init__).parameters)
-        for action in parser._actions:
-            key = action.dest.split(".")
-            of_lightning = key[0] == "trainer" and len(key) > 1 and key[1] not in own
-            if of_lightning or key[-1] == "help" and len(key) > 1 or action.dest in _SECTIONS:
-                action.help = argparse.SUPPRESS
+        parser.hidden = [action for action in parser._actions if _is_detail(action.dest, own)]
     return parser
+
+
+def _is_detail(dest: str, own: set[str]) -> bool:
+    """Whether an option is left out of the short help: Lightning's, the help of classes, whole sections."""
+    key = dest.split(".")
+    of_lightning = key[0] == "trainer" and len(key) > 1 and key[1] not in own
+    return of_lightning or (key[-1] == "help" and len(key) > 1) or dest in _SECTIONS
+
+
+def _reproducible(config: Namespace) -> Namespace:
+    """The configuration as it is saved: of a new run, from whichever folder it is started."""
+    saved = config.clone()
+    saved.resume = None
+    if isinstance(saved.rollout.tasks, str) and saved.rollout.tasks.endswith(".jsonl"):
+        saved.rollout.tasks = str(Path(saved.rollout.tasks).expanduser().resolve())
+    return saved
 
 
 class FitRLCLI(LightningCLI):
@@ -147,7 +168,7 @@ class FitRLCLI(LightningCLI):
     @override
     def before_instantiate_classes(self) -> None:
         self.config.pop("seed_everything")
-        self.resolved = self.parser.dump(self.config, skip_unset=False)
+        self.resolved = self.parser.dump(_reproducible(self.config), skip_unset=False)
         self.config.model.root, self.config.model.project, self.config.model.name = self._name_run(self.config)
         folder = self.config.model.root / self.config.model.project / self.config.model.name
         if self.config.trainer.get("default_root_dir") is None:  # Lightning's own files go there too

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import re
 import sys
 import traceback
@@ -44,10 +45,10 @@ def main(arguments: Sequence[str]) -> int:
                 return 0
             cli = FitRLCLI(backend, given, name_run=name_run)
         except argparse.ArgumentError as error:
-            return fail(explain(str(error), backend), WRONG)
+            return _refuse(explain(str(error), backend))
         except (FitRLError, MisconfigurationException, ValueError, TypeError, ImportError, OSError) as error:
             # what a trainer, callback or logger says of the options that it was given
-            return fail(str(error) or type(error).__name__, WRONG)
+            return _refuse(str(error) or type(error).__name__)
         try:
             learn(cli)
         except GroupError as error:
@@ -55,6 +56,11 @@ def main(arguments: Sequence[str]) -> int:
         except KeyboardInterrupt:
             return fail(f"interrupted; go on with: fitrl fit_rl --resume {cli.model.run_dir}", INTERRUPTED)
     return 0
+
+
+def _refuse(message: str) -> int:
+    """Complain about the command line, once for all ranks: they have the same."""
+    return fail(message, WRONG) if os.environ.get("RANK", "0") == "0" else WRONG
 
 
 def with_config_of_resumed(arguments: list[str]) -> list[str]:

@@ -296,9 +296,12 @@ class RLTrainer(lightning.Trainer):
         environment = getattr(self.strategy, "cluster_environment", None)
         if self.strategy.launcher is None or (environment is not None and environment.creates_processes_externally):
             return
+        program = Path(sys.argv[0]).name or "script.py"
+        if program in ("fitrl", "__main__.py"):
+            program = "-m fitrl fit_rl ..."
         raise InvalidArgumentError(
             f"{type(self.strategy).__name__} trains with several processes, which torchrun starts: run "
-            f"'torchrun --nproc_per_node {max(1, self.num_devices)} {Path(sys.argv[0]).name or 'script.py'}'"
+            f"'torchrun --nproc_per_node {max(1, self.num_devices)} {program}'"
         )
 
     def _require_session(self) -> _Session:
