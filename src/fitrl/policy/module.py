@@ -296,6 +296,9 @@ class PolicyModule(lightning.LightningModule):
     def on_train_epoch_start(self) -> None:
         """Forget the last call's raw metrics."""
         self.totals.reset(self.device)
+        if self.clock is not None and "reward/mean" in self.host_metrics:
+            # Lightning's bars are drawn for the last time before the end of the epoch, where the others are known
+            self.trainer.progress_bar_metrics["reward/mean"] = self.host_metrics["reward/mean"]
 
     def on_train_epoch_end(self) -> None:
         """Reduce the raw metrics, derive the public ones, hand them to callbacks, progress bar and loggers."""

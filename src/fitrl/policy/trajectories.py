@@ -132,7 +132,10 @@ def _rows(number: int, group: TrajectoryGroup) -> Iterator[dict[str, Any]]:
                 "trajectory": trajectory.to_json(),
             }
         if not index:
-            row["group_data"] = json.dumps(data)
+            try:
+                row["group_data"] = json.dumps(data)
+            except TypeError as error:
+                raise DataError(f"this group holds a value that JSON cannot hold: {error}") from error
         yield row
 
 

@@ -1,7 +1,8 @@
 """`RewardProgressBar`: one line for all calls of `fit_rl`, with reward, tokens/s and KL.
 
-Lightning's own bars count the batches of an epoch. A call of `fit_rl` is an epoch of a few microbatches, so they would
-start anew with every call, leave a line behind each time, and stand still while trajectories are sampled.
+Lightning's own bars count the batches of an epoch. A call of `fit_rl` is an epoch of a few microbatches, so they start
+anew with every call, leave a line behind each time, and are drawn for the last time before the call's KL and tokens/s
+are known; of the metrics they show the reward only.
 """
 
 from __future__ import annotations
