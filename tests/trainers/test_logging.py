@@ -38,6 +38,8 @@ def learn(tmp_path: Path, *, of_trainer=(), of_model=(), callbacks=(), **options
             results.append(trainer.fit_rl(model, groups, learning_rate=1e-4, save_checkpoint=False))
             model.log(groups, metrics=results[-1].metrics, step=results[-1].step)
         model.log(rewarded(0, reward=7.0), split="val", step=CALLS)
+    for logger in of_model:  # the trainer closes its own
+        logger.finalize("success")
     return results
 
 
@@ -107,16 +109,19 @@ def test_nothing_is_lost_when_the_process_dies(tmp_path) -> None:
 
 
 WANDB = """
-import sys
+import json, sys
 sys.path[:0] = sys.argv[2:]
 from pathlib import Path
+import wandb
 from lightning.pytorch.loggers import WandbLogger
-from test_logging import learn
+from test_logging import learn, wandb_rewards
 root = Path(sys.argv[1])
 (root / "wandb-files").mkdir()
 logger = WandbLogger(project="p", save_dir=str(root / "wandb-files"), offline=True)
-for result in learn(root, of_trainer=[logger], of_model=[logger]):
-    print(result.step, result.metrics["reward/mean"])
+results = learn(root, of_trainer=[logger], of_model=[logger])
+wandb.finish()
+[file] = (root / "wandb-files" / "wandb").glob("offline-run-*/*.wandb")
+print(json.dumps([[[result.step, result.metrics["reward/mean"]] for result in results], list(wandb_rewards(file))]))
 """
 
 
@@ -141,27 +146,25 @@ def wandb_records(path: Path):
             yield record
 
 
-@pytest.mark.slow
-def test_wandb_offline_is_one_run(tmp_path) -> None:
-    """In a process of its own, because wandb starts a service; offline, so without a network."""
-    environment = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "OMP_NUM_THREADS": "1"}
-    paths = [str(Path(__file__).parent), *sys.path]
-    done = subprocess.run(
-        [sys.executable, "-c", WANDB, str(tmp_path), *paths],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr
-    told = [(int(step), float(reward)) for step, reward in (line.split() for line in done.stdout.splitlines())]
-    [file] = (tmp_path / "wandb-files" / "wandb").glob("offline-run-*/*.wandb")
-    seen = []
-    for record in wandb_records(file):
+def wandb_rewards(path: Path):
+    """Step and reward of each line of an offline run's history that has one."""
+    for record in wandb_records(path):
         if record.WhichOneof("record_type") == "history":
             items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
             if "reward/mean" in items:
-                seen.append((items["trainer/global_step"], items["reward/mean"]))
+                yield items["trainer/global_step"], items["reward/mean"]
+
+
+@pytest.mark.slow
+def test_wandb_offline_is_one_run(tmp_path) -> None:
+    """In a process of its own, because wandb starts a service and leaves temporary folders; without a network."""
+    environment = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "OMP_NUM_THREADS": "1"}
+    environment |= {"TMPDIR": str(tmp_path), "HOME": str(tmp_path)}
+    paths = [str(Path(__file__).parent), *sys.path]
+    command = [sys.executable, "-c", WANDB, str(tmp_path), *paths]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    told, seen = json.loads(done.stdout.splitlines()[-1])
     assert seen == told and [step for step, _ in seen] == [1, 2, 3]
 
 
