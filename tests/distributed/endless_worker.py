@@ -17,7 +17,9 @@ from samples import make_groups
 def main() -> None:
     torch.set_num_threads(1)
     model = fitrl.TrainableModel("endless", "ddp", "tiny", lora=None, root=sys.argv[1])
-    with fitrl.LocalTrainer(accelerator="cpu", devices=2, strategy="fitrl_ddp", enable_model_summary=False) as trainer:
+    accelerator = os.environ.get("FITRL_TEST_ACCELERATOR", "cpu")
+    options = {"accelerator": accelerator, "devices": 2, "strategy": "fitrl_ddp", "enable_model_summary": False}
+    with fitrl.LocalTrainer(**options) as trainer:
         while True:
             step = trainer.fit_rl(
                 model, make_groups(seed=1), learning_rate=1e-3, num_minibatches=2, save_checkpoint=False
