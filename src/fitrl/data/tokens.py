@@ -190,7 +190,7 @@ def _tokenize_history(
 ) -> list[TokenHistory]:
     messages = history.messages()
     segments: list[_Segment] = []
-    for index, item in enumerate(history.messages_and_choices):
+    for index, item in enumerate(history.items()):
         if isinstance(item, Completion):
             prompt = (
                 list(item.prompt_ids)
