@@ -115,6 +115,7 @@ class RolloutDataModule(lightning.LightningDataModule):
         samples = build_samples(
             groups,
             policy.tokenizer,
+            vocabulary_size=policy.vocabulary_size,
             scale_rewards=self.scale_rewards,
             advantage_balance=self.advantage_balance,
             max_history_tokens=policy.context_length,
