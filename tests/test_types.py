@@ -97,8 +97,9 @@ def test_a_subclass_with_its_own_fit_rl_names_itself() -> None:
             return own_argument
 
     trainer = Mine(accelerator="cpu", devices=1)
-    assert trainer.fit_rl(None, [], own_argument=4) == 4
+    model = fitrl.TrainableModel("a", "b", "tiny")
+    assert trainer.fit_rl(model, [], own_argument=4) == 4
     with pytest.raises(UnknownArgumentError, match="Mine.fit_rl.. takes no 'ppo'.*'mine' takes: own_argument$"):
-        trainer.fit_rl(None, [], ppo=True)
+        trainer.fit_rl(model, [], ppo=True)
     with pytest.raises(TypeError):
-        trainer.fit_rl(None, [], 4)
+        trainer.fit_rl(model, [], 4)

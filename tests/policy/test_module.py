@@ -71,11 +71,14 @@ def test_data_module_arguments() -> None:
         fitrl.RolloutDataModule(TASKS, correct, group_size=0)
 
 
-def test_kl_needs_fit_rl(tmp_path) -> None:
+def test_kl_and_truncated_importance_sampling_need_fit_rl(tmp_path) -> None:
     model = fitrl.TrainableModel("module", "tests", "tiny", lora=None, root=tmp_path)
     module = PolicyModule(model, objective=fitrl.Objective(kl_coef=0.1))
     data = fitrl.RolloutDataModule(TASKS, correct)
     with pytest.raises(InvalidArgumentError, match="use fit_rl"):
+        lightning.Trainer(max_epochs=1, **STOCK).fit(module, datamodule=data)
+    module.objective = fitrl.Objective(truncated_importance_sampling=2.0)  # without old logprobs it does nothing
+    with pytest.raises(InvalidArgumentError, match="truncated_importance_sampling has no effect; use fit_rl"):
         lightning.Trainer(max_epochs=1, **STOCK).fit(module, datamodule=data)
 
 

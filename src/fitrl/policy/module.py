@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fitrl.data.batch import Batch
 from fitrl.errors import InvalidArgumentError, UnsupportedError
+from fitrl.objective.custom import evaluate
 from fitrl.objective.fused_linear import fused_linear_policy_loss, linear_logprobs
 from fitrl.objective.objective import CustomObjective, LossInputs, Objective, PolicyLoss
 from fitrl.objective.policy_loss import policy_loss
@@ -136,7 +137,7 @@ class PolicyModule(lightning.LightningModule):
             "num_sequences": targets.num_sequences,
         }
         if not isinstance(objective, Objective):
-            return objective(self._custom_inputs(batch, objective))
+            return evaluate(objective, self._custom_inputs(batch, objective))
         fixed = (targets.old_logprobs, targets.advantages, targets.mask, targets.trajectory_ids, objective)
         if policy.has_linear_head:
             weight, bias = policy.head
@@ -160,14 +161,15 @@ class PolicyModule(lightning.LightningModule):
 
     def _custom_inputs(self, batch: Batch, objective: CustomObjective) -> LossInputs:
         targets, policy = batch.loss_inputs, self.policy
-        extra: dict[str, Tensor | None] = {}
+        outputs: dict[str, Tensor] = {}
         if objective.inputs == "logits":
-            extra["logits"] = self._logit_rows(batch)
+            outputs["logits"] = self._logit_rows(batch)
         elif objective.inputs == "logprobs":
-            extra["logprobs"] = self._logprob_rows(batch)
+            outputs["logprobs"] = self._logprob_rows(batch)
         elif objective.inputs == "hidden" and policy.has_linear_head:
-            extra["hidden"] = self._hidden_rows(batch)
-            extra["weight"], extra["bias"] = policy.head
+            outputs["hidden"] = self._hidden_rows(batch)
+            outputs["weight"], bias = policy.head
+            outputs |= {} if bias is None else {"bias": bias}
         elif objective.inputs == "hidden":
             raise UnsupportedError(
                 f"{type(policy.causal_lm).__name__} has no plain linear head, so an objective over hidden states would "
@@ -188,7 +190,7 @@ class PolicyModule(lightning.LightningModule):
             num_sequences=targets.num_sequences,
             rollout_logprobs=targets.rollout_logprobs,
             reference_logprobs=targets.reference_logprobs,
-            **extra,
+            outputs=outputs,
         )
 
     @torch.no_grad()
