@@ -13,6 +13,7 @@ from fitrl.objective.fused_linear import fused_linear_policy_loss
 from fitrl.objective.objective import CustomObjective, LossInputs, Objective, PolicyLoss
 from fitrl.objective.policy_loss import policy_loss
 from fitrl.policy.loading import LoraSettings
+from fitrl.policy.migration import TrainConfig
 from fitrl.policy.model import TrainableModel
 from fitrl.policy.module import AdamWSettings, PolicyModule
 from fitrl.protocols.results import LocalTrainResult, TrainResult
@@ -49,6 +50,7 @@ __all__ = [
     "Scores",
     "SupportsFitRL",
     "TokenHistory",
+    "TrainConfig",
     "TrainResult",
     "TrainableModel",
     "Trains",

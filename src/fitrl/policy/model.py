@@ -25,12 +25,13 @@ from fitrl.data.json_lines import number_from_json, number_to_json
 from fitrl.errors import InvalidArgumentError
 from fitrl.policy.checkpoints import list_checkpoints, remove
 from fitrl.policy.loading import LoraSettings
+from fitrl.policy.migration import OlderCalls
 
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-class TrainableModel:
+class TrainableModel(OlderCalls):
     """A model to train: what it starts from, and the folder of its run.
 
     The same (root, project, name) means the same run: a trainer that opens it resumes its newest checkpoint.

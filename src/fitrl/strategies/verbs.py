@@ -39,6 +39,12 @@ class PolicyVerbs(Sticky):
     """`Trains`, `Scores` and `ExportsWeights` on top of a Lightning strategy that trains in this process."""
 
     _accumulated: int = 0
+    saved_step: int | None = None
+
+    @property
+    def has_unsaved_steps(self) -> bool:
+        """Whether steps were taken since the state was last saved under its step, or loaded."""
+        return self.saved_step != self.policy_module.trainer.global_step
 
     @property
     def policy_module(self) -> PolicyModule:
@@ -154,6 +160,8 @@ class PolicyVerbs(Sticky):
         )
         state = None if weights_only else self._state()
         ranks.first(lambda: checkpoints.write(folder, manifest, lambda to: save_weights(module.policy, to), state))
+        if name is path is None and not weights_only:
+            self.saved_step = step
         return str(folder)
 
     def load(self, path: str | None = None) -> str:
@@ -199,7 +207,7 @@ class PolicyVerbs(Sticky):
         else:
             self._restore(state)
         _compat.set_global_step(module.trainer, manifest.step)
-        module.model.step = manifest.step
+        module.model.step = self.saved_step = manifest.step
 
     def get_config(self) -> TrainerConfig:
         """What does not change while the policy lives."""

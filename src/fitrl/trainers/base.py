@@ -61,7 +61,6 @@ class _Session:
     model: TrainableModel
     module: PolicyModule
     sampler: TransformersSampler | None = None
-    saved_step: int | None = None
 
 
 class RLTrainer(lightning.Trainer):
@@ -181,7 +180,7 @@ class RLTrainer(lightning.Trainer):
                 session.model = session.module.model = model
             return self.verbs
         if session is not None:
-            if is_live and session.saved_step != self.global_step:
+            if is_live and self.verbs.has_unsaved_steps:
                 self.verbs.save()
             self._release()
         module = PolicyModule(
@@ -199,8 +198,9 @@ class RLTrainer(lightning.Trainer):
             _compat.set_global_step(self, 0)
             model.step = 0
             self._session = _Session(model, module)
-            self.verbs.resume()
-            self._session.saved_step = self.global_step
+            if self.verbs.resume() is None:
+                self.verbs.saved_step = 0  # the base model can be had again
+            self._publish()
         except BaseException:
             self._release()
             raise
@@ -255,7 +255,7 @@ class RLTrainer(lightning.Trainer):
         session = self._session
         interrupted = error is not None and not isinstance(error, Exception)
         # with several ranks the others may not have been interrupted, and saving waits for all of them
-        if interrupted and session is not None and session.saved_step != self.global_step and ranks.world_size() == 1:
+        if interrupted and session is not None and self.verbs.has_unsaved_steps and ranks.world_size() == 1:
             self._say_where_to_resume(self._save())
         self.close()
 
@@ -327,7 +327,7 @@ class RLTrainer(lightning.Trainer):
             metrics = module.call_metrics
             stopped = self._interrupts.agreed
             start = time.perf_counter()
-            if settings.save_checkpoint:
+            if settings.save_checkpoint and self.global_step > before:
                 checkpoint = self._save()
             metrics = metrics | {"time/checkpoint_s": time.perf_counter() - start}
         elif not stopped:
@@ -347,12 +347,10 @@ class RLTrainer(lightning.Trainer):
 
     def _save(self) -> Path | None:
         """Save the open model's step, unless it is saved already; returns where."""
-        session = self._require_session()
-        if session.saved_step == self.global_step:
-            return session.model.checkpoints_dir / f"{self.global_step:04d}" if self.global_step else None
-        path = Path(self.verbs.save())
-        session.saved_step = self.global_step
-        return path
+        if self.verbs.has_unsaved_steps:
+            return Path(self.verbs.save())
+        folder = self._require_session().model.checkpoints_dir / f"{self.global_step:04d}"
+        return folder if folder.is_dir() else None
 
     def _say_where_to_resume(self, checkpoint: Path | None) -> None:
         if self.is_global_zero:
@@ -442,8 +440,7 @@ class RLTrainer(lightning.Trainer):
                 self._run_epoch(module, plan)
             finally:  # also after an exception: the steps before it were taken
                 session.model.step = self.global_step
-                if sampler is not None:
-                    sampler.update((), self.global_step)
+                self._publish()
         module.reward_history = history
         seconds = time.perf_counter() - start
         module.call_metrics["time/train_s"] = seconds
@@ -452,11 +449,19 @@ class RLTrainer(lightning.Trainer):
         )
         if device.type == "cuda":
             module.call_metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-        if self._given_sampler is not None:
-            self._given_sampler.update(self.verbs.named_weights(), self.global_step)
         if settings.plot_tensors:
             path = session.model.run_dir / "plots" / f"{self.global_step:04d}.png"
             plot_batches(plan.batches[: plan.accumulate], path)
+
+    def _publish(self) -> None:
+        """Hand the weights as they are to the sampler: the embedded one shares them and takes their version."""
+        session = self._session
+        if session is None:  # torn down on the way, see `_run_epoch`
+            return
+        if session.sampler is not None:
+            session.sampler.update((), self.global_step)
+        if self._given_sampler is not None:
+            self._given_sampler.update(self.verbs.named_weights(), self.global_step)
 
     def _run_epoch(self, module: PolicyModule, plan: Plan) -> None:
         """One Lightning epoch over the microbatches."""
@@ -474,6 +479,8 @@ class RLTrainer(lightning.Trainer):
         finally:
             self.accumulate_grad_batches = 1
             self.fit_loop.max_epochs = self._user_max_epochs
+            if self.verbs.is_live:
+                self.verbs.clear_gradients()  # of a step that a callback stopped in its middle
 
     def _check_limits(self) -> None:
         """Refuse what the user fixed at construction and a call cannot honour."""
@@ -482,7 +489,8 @@ class RLTrainer(lightning.Trainer):
                 f"accumulate_grad_batches={self.accumulate_grad_batches} contradicts fit_rl, which sets it: bound "
                 "microbatches with max_tokens_per_microbatch, steps with num_minibatches"
             )
-        if self.limit_train_batches != 1.0 or getattr(self, "overfit_batches", False):
+        all_batches = isinstance(self.limit_train_batches, float) and self.limit_train_batches == 1.0
+        if not all_batches or self.overfit_batches or self.fast_dev_run:  # type: ignore[attr-defined]
             raise InvalidArgumentError(
                 "limit_train_batches, overfit_batches and fast_dev_run would leave out microbatches of a step; pass "
                 "fewer groups instead"
