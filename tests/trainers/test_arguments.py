@@ -2,10 +2,12 @@
 
 import inspect
 import math
+import shutil
 
 import lightning
 import pytest
 import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import fitrl
 from fitrl.data.packing import pack
@@ -100,6 +102,48 @@ def test_reference_may_be_the_base_a_step_or_a_folder(tmp_path) -> None:
     assert kl["base"] > 1e-4
     assert kl[2] == pytest.approx(0.0, abs=1e-10)  # the newest step is the policy itself
     assert kl[saved] == pytest.approx(0.0, abs=1e-10)
+
+
+def test_a_reference_folder_that_is_written_again_is_read_again(tmp_path) -> None:
+    model = fitrl.TrainableModel("run", "arguments", "tiny", lora=None, root=tmp_path)
+    groups, folder = make_groups(seed=1), tmp_path / "reference"
+    with LocalTrainer(accelerator="cpu", devices=1, enable_model_summary=False) as trainer:
+        kl = []
+        for _ in range(2):
+            trainer.fit_rl(model, groups, learning_rate=1e-3)
+            trainer.verbs.save(path=str(folder), weights_only=True)
+            for _ in range(2):
+                kl.append(
+                    trainer.fit_rl(
+                        model, groups, learning_rate=0.0, kl_coef=0.1, reference=folder, save_checkpoint=False
+                    ).metrics["loss/kl"]
+                )
+    assert kl == pytest.approx([0.0] * 4, abs=1e-10)  # each time the policy itself
+
+
+def test_a_reference_that_cannot_be_read_is_named(tmp_path) -> None:
+    (tmp_path / "empty").mkdir()
+    small = Qwen3Config(
+        vocab_size=100,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=16,
+    )
+    Qwen3ForCausalLM(small).save_pretrained(tmp_path / "small")
+    shutil.copytree(tmp_path / "small", tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors").write_bytes(b"")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    model = fitrl.TrainableModel("run", "arguments", "tiny", lora=None, root=tmp_path)
+    with LocalTrainer(accelerator="cpu", devices=1, enable_model_summary=False) as trainer:
+        for name in ("empty", "cut", "adapter", "small"):
+            with pytest.raises(FitRLError, match=str(tmp_path / name)):
+                trainer.fit_rl(model, make_groups(seed=1), kl_coef=0.1, reference=tmp_path / name)
+        with pytest.raises(InvalidArgumentError, match="reads 100 token ids, the policy 262"):
+            trainer.fit_rl(model, make_groups(seed=1), kl_coef=0.1, reference=tmp_path / "small")
 
 
 def test_reference_of_adapters_is_the_base_without_them(tmp_path) -> None:

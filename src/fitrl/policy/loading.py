@@ -19,7 +19,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fitrl.errors import CheckpointError, InvalidArgumentError, MissingDependencyError, ModelNotFoundError
+from fitrl.errors import (
+    CheckpointError,
+    InvalidArgumentError,
+    MissingDependencyError,
+    ModelNotFoundError,
+    UnsupportedError,
+)
 from fitrl.objective.fused_linear import linear_logits
 from fitrl.policy.attention import attention_kernels
 
@@ -199,8 +205,12 @@ def load_policy(
         network.hf_quantizer.remove_quantization_config(network)
     if is_adapter_folder:
         from peft import PeftModel
+        CheckpointError: the folder of weights holds none that can be loaded.
 
-        network = PeftModel.from_pretrained(network, str(weights), is_trainable=lora is not None)
+        try:
+            network = PeftModel.from_pretrained(network, str(weights), is_trainable=lora is not None)
+        except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
+            raise CheckpointError(f"{weights} holds no adapters that fit: {_first_line(error)}") from error
     elif lora is not None:
         network = _with_adapters(network, lora)
     _disable_dropout(network)
@@ -210,6 +220,8 @@ def load_policy(
     _probe(policy)
     return policy
 
+        if weights is not None and not is_adapter_folder:
+            raise CheckpointError(f"{weights} holds no weights that can be loaded: {_first_line(error)}") from error
 
 def load_weights(policy: Policy, folder: Path) -> None:
     """Read a checkpoint folder's weights into a live policy, exactly."""
@@ -303,10 +315,9 @@ def _dequantized() -> dict[str, Any]:
 
 
 def _not_found(base_model: str, error: Exception) -> ModelNotFoundError:
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return ModelNotFoundError(
         f"base_model {base_model!r} cannot be loaded: it is neither 'tiny', nor a folder or GGUF file here, nor a hub "
-        f"id that can be reached ({first_line})"
+        f"id that can be reached ({_first_line(error)})"
     )
 
 
@@ -327,6 +338,10 @@ def _with_adapters(network: PreTrainedModel, lora: LoraSettings) -> Any:
         try:
             return get_peft_model(network, config)
         except ValueError as error:
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
             raise InvalidArgumentError(f"LoraSettings.target_modules={lora.target_modules!r}: {error}") from error
 
 

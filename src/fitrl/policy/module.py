@@ -89,7 +89,7 @@ class PolicyModule(lightning.LightningModule):
         self._compile = compile
         self.activation_checkpointing = activation_checkpointing
         self._policy: Policy | None = None
-        self._reference: tuple[str, Policy] | None = None
+        self._reference: tuple[object, Policy] | None = None
 
     # -- the policy ---------------------------------------------------------------------------------------------
 
@@ -204,7 +204,9 @@ class PolicyModule(lightning.LightningModule):
             network: Any = self.network
             with network.disable_adapter():
                 return self.score(batch)
-        if self._reference is None or self._reference[0] != reference:
+        key = (reference, () if reference == "base" else _files(Path(reference)))
+        if self._reference is None or self._reference[0] != key:
+            self._reference = None  # free the old one first
             policy = load_policy(
                 self.model.base_model,
                 weights=None if reference == "base" else Path(reference),
@@ -212,8 +214,13 @@ class PolicyModule(lightning.LightningModule):
             )
             policy.network.requires_grad_(False).eval()
             # in the policy's own precision: else rounding would look like a distance from the reference
+            if policy.vocabulary_size < self.policy.vocabulary_size:
+                raise InvalidArgumentError(
+                    f"reference={reference!r} reads {policy.vocabulary_size} token ids, the policy "
+                    f"{self.policy.vocabulary_size}: take a checkpoint of the same base_model"
+                )
             self.trainer.precision_plugin.convert_module(policy.network).to(self.device)
-            self._reference = (reference, policy)
+            self._reference = (key, policy)
         return self.score(batch, self._reference[1])
 
     def _hidden_rows(self, batch: Batch, policy: Policy | None = None) -> Tensor:
@@ -337,3 +344,18 @@ def _decoder_layers(policy: Policy) -> list[nn.Module]:
     if not lists:
         raise UnsupportedError(f"{type(policy.causal_lm).__name__} has no list of decoder layers to compile")
     return max(lists, key=len)
+def _readable(batch: Batch, policy: Policy) -> ModelInputs:
+    """A batch's model inputs, if its layout is one that the policy keeps apart."""
+    if batch.layout == "packed" and not policy.can_pack:
+        raise InvalidArgumentError(
+            f"{type(policy.causal_lm).__name__} mixes histories that share a row: use pack(..., layout='padded')"
+        )
+    return batch.model_inputs
+
+
+def _files(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
+    """What tells a folder from the same folder written again."""
+    stats = [(path.name, path.stat()) for path in sorted(folder.iterdir())]
+    return tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+
+
