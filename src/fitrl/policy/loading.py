@@ -133,6 +133,23 @@ class Policy:
         weight, bias = self.head
         return linear_logits(hidden, weight, bias=bias, softcap=self.softcap)
 
+    @torch.no_grad()
+    def own_logits(self, hidden: Tensor) -> Tensor:
+        """Logits [T, V] of hidden states [T, H] by the model's own code, whatever it does after the decoder layers."""
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        model: Any = self.causal_lm
+        decoder = model.base_model
+        decoded = iter([BaseModelOutputWithPast(last_hidden_state=hidden[None])])
+        decoder.forward = lambda *args, **kwargs: next(decoded)
+        try:
+            logits: Tensor = model(input_ids=torch.zeros(1, len(hidden), dtype=torch.int64), use_cache=False).logits
+        finally:
+            del decoder.forward
+        if next(decoded, None) is not None:
+            raise UnsupportedError(f"{type(model).__name__} does not call its base_model, so its head cannot run alone")
+        return logits[0]
+
     def full_logits(self, input_ids: Tensor, position_ids: Tensor | None = None, **cache: Any) -> Any:
         """Run the whole model; returns transformers' output with `logits` [B, L, V]."""
         return self._run(self.causal_lm, input_ids, position_ids, cache)
@@ -188,6 +205,7 @@ def load_policy(
 
     Raises:
         ModelNotFoundError: nothing by that name.
+        CheckpointError: the folder of weights holds none that can be loaded.
     """
     from transformers import AutoModelForCausalLM
 
@@ -199,13 +217,14 @@ def load_policy(
                 folder, dtype=torch.float32, **options, **(_dequantized() if "gguf_file" in options else {})
             )
     except (OSError, ValueError, SafetensorError, struct.error) as error:
+        if weights is not None and not is_adapter_folder:
+            raise CheckpointError(f"{weights} holds no weights that can be loaded: {_first_line(error)}") from error
         raise _not_found(base_model, error) from error
     if "gguf_file" in options and getattr(network, "hf_quantizer", None) is not None:
         # the weights are plain float32 by now; transformers would refuse to save them all the same
         network.hf_quantizer.remove_quantization_config(network)
     if is_adapter_folder:
         from peft import PeftModel
-        CheckpointError: the folder of weights holds none that can be loaded.
 
         try:
             network = PeftModel.from_pretrained(network, str(weights), is_trainable=lora is not None)
@@ -220,8 +239,6 @@ def load_policy(
     _probe(policy)
     return policy
 
-        if weights is not None and not is_adapter_folder:
-            raise CheckpointError(f"{weights} holds no weights that can be loaded: {_first_line(error)}") from error
 
 def load_weights(policy: Policy, folder: Path) -> None:
     """Read a checkpoint folder's weights into a live policy, exactly."""
@@ -321,6 +338,10 @@ def _not_found(base_model: str, error: Exception) -> ModelNotFoundError:
     )
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
 def _with_adapters(network: PreTrainedModel, lora: LoraSettings) -> Any:
     from peft import LoraConfig, get_peft_model
 
@@ -338,10 +359,6 @@ def _with_adapters(network: PreTrainedModel, lora: LoraSettings) -> Any:
         try:
             return get_peft_model(network, config)
         except ValueError as error:
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
             raise InvalidArgumentError(f"LoraSettings.target_modules={lora.target_modules!r}: {error}") from error
 
 

@@ -16,8 +16,8 @@ import lightning
 import torch
 from torch import Tensor, nn
 
-from fitrl.data.batch import Batch
-from fitrl.errors import InvalidArgumentError, UnsupportedError
+from fitrl.data.batch import Batch, ModelInputs
+from fitrl.errors import InvalidArgumentError, NonFiniteGradientError, UnsupportedError
 from fitrl.objective.custom import evaluate
 from fitrl.objective.fused_linear import fused_linear_policy_loss, linear_logprobs
 from fitrl.objective.objective import CustomObjective, LossInputs, Objective, PolicyLoss
@@ -225,13 +225,13 @@ class PolicyModule(lightning.LightningModule):
 
     def _hidden_rows(self, batch: Batch, policy: Policy | None = None) -> Tensor:
         """Last hidden states [R, H] of the positions that predict a target."""
-        inputs = batch.model_inputs
+        inputs = _readable(batch, policy or self.policy)
         hidden: Tensor = (policy or self.policy).hidden(inputs.input_ids, inputs.position_ids).last_hidden_state
         return hidden.flatten(0, 1).index_select(0, batch.loss_inputs.rows)
 
     def _logit_rows(self, batch: Batch, policy: Policy | None = None) -> Tensor:
         """Logits [R, V] of the whole model, float32 (float64 stays), divided by the temperature."""
-        inputs, targets = batch.model_inputs, batch.loss_inputs
+        inputs, targets = _readable(batch, policy or self.policy), batch.loss_inputs
         logits: Tensor = (policy or self.policy).full_logits(inputs.input_ids, inputs.position_ids).logits
         rows = logits.flatten(0, 1).index_select(0, targets.rows)
         rows = rows if rows.dtype == torch.float64 else rows.float()
@@ -242,6 +242,8 @@ class PolicyModule(lightning.LightningModule):
         targets = batch.loss_inputs
         if not policy.has_linear_head:
             log_probs = self._logit_rows(batch, policy).log_softmax(dim=1)
+        if not policy.has_linear_head and rows_per_tile is not None:
+            return self._logprobs_by_tiles(batch, policy, rows_per_tile)
             return log_probs.gather(1, targets.targets[:, None]).squeeze(1)
         weight, bias = policy.head
         return linear_logprobs(
@@ -257,6 +259,17 @@ class PolicyModule(lightning.LightningModule):
 
     def observe(self, metrics: dict[str, float]) -> None:
         """Take host-side metrics of the running epoch; several are averaged."""
+    def _logprobs_by_tiles(self, batch: Batch, policy: Policy, rows_per_tile: int) -> Tensor:
+        """Logprobs [R] by the model's own head, so many rows of logits at a time; for passes without a gradient."""
+        targets = batch.loss_inputs
+        columns = (self._hidden_rows(batch, policy), targets.targets, targets.temperature)
+        logprobs: list[Tensor] = []
+        for hidden, chosen, temperature in zip(*(torch.split(c, rows_per_tile) for c in columns), strict=True):
+            logits = policy.own_logits(hidden)
+            logits = (logits if logits.dtype == torch.float64 else logits.float()) / temperature[:, None]
+            logprobs.append(logits.log_softmax(dim=1).gather(1, chosen[:, None]).squeeze(1))
+        return torch.cat(logprobs)
+
         self._observed.append(metrics)
         keys = dict.fromkeys(key for seen in self._observed for key in seen)
         self.host_metrics = {}
