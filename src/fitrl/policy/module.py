@@ -7,6 +7,7 @@ mean over ranks, because the batch carries the global denominators.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,7 @@ class PolicyModule(lightning.LightningModule):
         self.host_metrics: dict[str, float] = {}
         self._observed: list[dict[str, float]] = []
         self.last_grad_norm: Tensor | None = None
+        self._broken_at: Tensor | None = None  # the first step whose gradient was not finite; inf: none was
         self.last_loss: PolicyLoss | None = None
         self.totals = CallTotals()
         self.network: nn.Module | None = None
@@ -212,13 +214,13 @@ class PolicyModule(lightning.LightningModule):
                 weights=None if reference == "base" else Path(reference),
                 tokenizer=self.policy.tokenizer,
             )
-            policy.network.requires_grad_(False).eval()
-            # in the policy's own precision: else rounding would look like a distance from the reference
             if policy.vocabulary_size < self.policy.vocabulary_size:
                 raise InvalidArgumentError(
                     f"reference={reference!r} reads {policy.vocabulary_size} token ids, the policy "
                     f"{self.policy.vocabulary_size}: take a checkpoint of the same base_model"
                 )
+            policy.network.requires_grad_(False).eval()
+            # in the policy's own precision: else rounding would look like a distance from the reference
             self.trainer.precision_plugin.convert_module(policy.network).to(self.device)
             self._reference = (key, policy)
         return self.score(batch, self._reference[1])
@@ -240,10 +242,10 @@ class PolicyModule(lightning.LightningModule):
     def _logprob_rows(self, batch: Batch, policy: Policy | None = None, *, rows_per_tile: int | None = None) -> Tensor:
         policy = policy or self.policy
         targets = batch.loss_inputs
-        if not policy.has_linear_head:
-            log_probs = self._logit_rows(batch, policy).log_softmax(dim=1)
         if not policy.has_linear_head and rows_per_tile is not None:
             return self._logprobs_by_tiles(batch, policy, rows_per_tile)
+        if not policy.has_linear_head:
+            log_probs = self._logit_rows(batch, policy).log_softmax(dim=1)
             return log_probs.gather(1, targets.targets[:, None]).squeeze(1)
         weight, bias = policy.head
         return linear_logprobs(
@@ -257,8 +259,6 @@ class PolicyModule(lightning.LightningModule):
             exact_logits=True,
         )[0]
 
-    def observe(self, metrics: dict[str, float]) -> None:
-        """Take host-side metrics of the running epoch; several are averaged."""
     def _logprobs_by_tiles(self, batch: Batch, policy: Policy, rows_per_tile: int) -> Tensor:
         """Logprobs [R] by the model's own head, so many rows of logits at a time; for passes without a gradient."""
         targets = batch.loss_inputs
@@ -270,6 +270,8 @@ class PolicyModule(lightning.LightningModule):
             logprobs.append(logits.log_softmax(dim=1).gather(1, chosen[:, None]).squeeze(1))
         return torch.cat(logprobs)
 
+    def observe(self, metrics: dict[str, float]) -> None:
+        """Take host-side metrics of the running epoch; several are averaged."""
         self._observed.append(metrics)
         keys = dict.fromkeys(key for seen in self._observed for key in seen)
         self.host_metrics = {}
@@ -298,13 +300,28 @@ class PolicyModule(lightning.LightningModule):
         metrics.pop("val/loss/learning_rate", None)
         self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
 
+    def on_validation_epoch_end(self) -> None:
+        """Log what the data module observed of its held-out rollouts."""
+        told = {key: value for key, value in self.host_metrics.items() if key.startswith("val/")}
+        self.log_dict(told, sync_dist=True)
+        self.host_metrics = {key: value for key, value in self.host_metrics.items() if key not in told}
+        self._observed = [seen for seen in self._observed if not told.keys() & seen.keys()]
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Measure the gradient before it is clipped."""
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.last_grad_norm = torch.nn.utils.get_total_norm(grads)
         share = 1.0 / self.trainer.world_size  # every rank takes the step, and what they tell is summed
-        rate = torch.tensor(float(optimizer.param_groups[0]["lr"]) * share, dtype=torch.float64)
+        used = float(optimizer.param_groups[0]["lr"])
+        if not (math.isfinite(used) and used >= 0):
+            raise InvalidArgumentError(
+                f"the learning rate after {self.trainer.global_step} steps is {used}: lr_schedule must return a finite "
+                "number of at least 0"
+            )
+        rate = torch.tensor(used * share, dtype=torch.float64)
         norm = self.last_grad_norm.detach()
+        broken_at = torch.where(norm.isfinite(), torch.inf, self.trainer.global_step + 1.0)
+        self._broken_at = broken_at if self._broken_at is None else torch.minimum(self._broken_at, broken_at)
         self.totals.steps.update(
             {
                 "grad_norm": norm * share,
@@ -313,12 +330,22 @@ class PolicyModule(lightning.LightningModule):
             }
         )
 
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Tell the model which step it stands at."""
+        self.model.step = self.trainer.global_step
+
     def on_train_epoch_start(self) -> None:
         """Forget the last call's raw metrics."""
         self.totals.reset(self.device)
+        self._broken_at = None
 
     def on_train_epoch_end(self) -> None:
-        """Reduce the raw metrics, derive the public ones, hand them to callbacks, progress bar and loggers."""
+        """Reduce the raw metrics, derive the public ones, hand them to callbacks, progress bar and loggers.
+
+        Raises:
+            NonFiniteGradientError: a step was taken with a gradient that is not finite.
+        """
+        self._refuse_non_finite_gradients()
         self.call_metrics = self.host_metrics | self.totals.compute() | {"objective/exact": 1.0}
         self._observed.clear()
         # these are Python floats that are reduced already; Module.log would make a metric object of each, every call
@@ -330,6 +357,16 @@ class PolicyModule(lightning.LightningModule):
         )
         for logger in trainer.loggers:
             logger.log_metrics(self.call_metrics, step=trainer.global_step)
+
+    def _refuse_non_finite_gradients(self) -> None:
+        """Look once at what all steps noted, when the device is waited for anyway."""
+        if self._broken_at is None or getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            return  # a gradient scaler skips such steps by itself
+        if math.isfinite(step := float(self._broken_at)):
+            raise NonFiniteGradientError(
+                f"the gradient of step {step:.0f} was not finite, so the weights are not since: load a checkpoint from "
+                "before it, trainer.open(model).load(), then lower the learning rate or clip the gradient"
+            )
 
     def configure_optimizers(self) -> Any:
         """AdamW, and the schedule as a factor on its learning rate."""
@@ -351,12 +388,6 @@ def _constant(step: int) -> float:
     return 1.0
 
 
-def _decoder_layers(policy: Policy) -> list[nn.Module]:
-    """The longest list of modules in the network: its decoder layers."""
-    lists = [list(module) for module in policy.causal_lm.modules() if isinstance(module, nn.ModuleList)]
-    if not lists:
-        raise UnsupportedError(f"{type(policy.causal_lm).__name__} has no list of decoder layers to compile")
-    return max(lists, key=len)
 def _readable(batch: Batch, policy: Policy) -> ModelInputs:
     """A batch's model inputs, if its layout is one that the policy keeps apart."""
     if batch.layout == "packed" and not policy.can_pack:
@@ -372,3 +403,9 @@ def _files(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
     return tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 
 
+def _decoder_layers(policy: Policy) -> list[nn.Module]:
+    """The longest list of modules in the network: its decoder layers."""
+    lists = [list(module) for module in policy.causal_lm.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise UnsupportedError(f"{type(policy.causal_lm).__name__} has no list of decoder layers to compile")
+    return max(lists, key=len)
