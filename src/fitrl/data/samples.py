@@ -74,6 +74,11 @@ class SampleSet:
     reward_std: float
 
     @property
+    def flat(self) -> list[Sample]:
+        """The samples of all groups, in order; what `pack` takes."""
+        return [sample for samples in self.groups for sample in samples]
+
+    @property
     def num_trajectories(self) -> int:
         """Trajectories in the trainable groups."""
         return sum(map(len, self.groups))

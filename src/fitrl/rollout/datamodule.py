@@ -122,11 +122,10 @@ class RolloutDataModule(lightning.LightningDataModule):
         )
         prefix = "" if train else "val/"
         module.observe({f"{prefix}{key}": value for key, value in samples.metrics.items()})
-        flat = [sample for group in samples.groups for sample in group]
-        if not flat:
+        if not samples.groups:
             return []
         batches = pack(
-            flat,
+            samples.flat,
             num_batches=num_batches * ranks.world_size(),
             layout="auto" if policy.can_pack else "padded",
             hidden_size=policy.hidden_size,
