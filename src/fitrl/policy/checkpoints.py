@@ -154,8 +154,10 @@ def read_manifest(folder: Path) -> Manifest:
             found = (folder / name).stat().st_size
             if found != size:
                 raise CheckpointError(f"{folder} is no whole checkpoint: {name} has {found} bytes, written were {size}")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{folder} is no whole checkpoint: {error!r}") from error
+    except OSError as error:
+        raise CheckpointError(f"{folder} is no whole checkpoint: {error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{folder} is no whole checkpoint, its {_MANIFEST} cannot be read: {error!r}") from error
     return manifest
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from fitrl.errors import RunLockedError
+from fitrl.errors import CheckpointError, RunLockedError
 
 
 class RunLock:
@@ -22,20 +22,23 @@ class RunLock:
 
     Raises:
         RunLockedError: another trainer, of this process or another one, holds it; the message names the holder.
+        CheckpointError: the folder cannot be made or written in.
     """
 
     def __init__(self, run_dir: Path) -> None:
-        run_dir.mkdir(parents=True, exist_ok=True)
         note = run_dir / "holder.json"
         # not thread_local: a trainer may be opened on one thread and closed on another
         self._lock = FileLock(run_dir / "lock", timeout=0, thread_local=False)
         try:
+            run_dir.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
+            note.write_text(json.dumps(_myself()) + "\n")
         except Timeout as error:
             raise RunLockedError(
                 f"another trainer has {run_dir} open ({_read(note)}): close it, or give this model another name"
             ) from error
-        note.write_text(json.dumps(_myself()) + "\n")
+        except OSError as error:
+            raise CheckpointError(f"{run_dir} cannot be a run folder: {error}") from error
 
     def release(self) -> None:
         """Let the next trainer in; safe to call again."""

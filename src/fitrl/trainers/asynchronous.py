@@ -23,7 +23,7 @@ def asynchronous(
 
     async def fit_rl_async(self: _Trainer, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         trainer: Any = self
-        result: _R = await trainer._in_worker(functools.partial(trainer.fit_rl, *args, **kwargs))
+        result: _R = await trainer.in_worker(functools.partial(trainer.fit_rl, *args, **kwargs))
         return result
 
     fit_rl_async.__doc__ = f"`fit_rl` without blocking the event loop.\n\n{asynchronous.__doc__}"

@@ -361,7 +361,7 @@ class RLTrainer(lightning.Trainer):
                 flush=True,
             )
 
-    async def _in_worker(self, call: Callable[[], Any]) -> Any:
+    async def in_worker(self, call: Callable[[], Any]) -> Any:
         """Run a call after those that wait already; a cancelled one stops between two optimizer steps."""
         if self._worker is None:
             self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fitrl-fit_rl")
