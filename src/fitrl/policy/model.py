@@ -21,6 +21,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from fitrl.data.groups import TrajectoryGroup
+from fitrl.data.json_lines import number_from_json, number_to_json
 from fitrl.errors import InvalidArgumentError
 from fitrl.policy.checkpoints import list_checkpoints, remove
 from fitrl.policy.loading import LoraSettings
@@ -173,7 +174,8 @@ class TrainableModel(OlderCalls):
             return numbers
         if groups:
             _append(self.run_dir / "trajectories" / split / f"{at:04d}.jsonl", lines)
-        entry = {"step": at, "split": split, "time": time.time(), "metrics": numbers}
+        plain = {key: number_to_json(value) for key, value in numbers.items()}
+        entry = {"step": at, "split": split, "time": time.time(), "metrics": plain}
         _append(self.run_dir / "history.jsonl", [json.dumps(entry) + "\n"])
         for logger in self.loggers:
             logger.log_metrics(numbers, step=at)
@@ -188,9 +190,12 @@ class TrainableModel(OlderCalls):
         entries: list[dict[str, Any]] = []
         for number, line in enumerate(path.read_text().splitlines() if path.is_file() else (), start=1):
             try:
-                entries.append(json.loads(line))
+                entry = json.loads(line)
             except ValueError:
                 _log.warning("skipped: line %d of %s is cut", number, path)
+                continue
+            entry["metrics"] = {key: number_from_json(value) for key, value in entry["metrics"].items()}
+            entries.append(entry)
         return entries
 
 

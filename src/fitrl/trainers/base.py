@@ -405,6 +405,7 @@ class RLTrainer(lightning.Trainer):
         samples = build_samples(
             join_groups(groups),
             policy.tokenizer,
+            vocabulary_size=policy.vocabulary_size,
             scale_rewards=settings.scale_rewards,
             advantage_balance=settings.advantage_balance,
             max_history_tokens=policy.context_length,
