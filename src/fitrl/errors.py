@@ -49,6 +49,10 @@ class NothingAccumulatedError(FitRLError, RuntimeError):
     """`optim_step` was called before any `forward_backward`."""
 
 
+class NonFiniteGradientError(FitRLError, ArithmeticError):
+    """A gradient was infinite or NaN; the message names the step."""
+
+
 class SessionError(FitRLError, RuntimeError):
     """The trainer has no open model, or the open one cannot do what was asked."""
 

@@ -22,6 +22,8 @@ from fitrl.data import ranks
 from fitrl.demo import TASKS, correct
 from samples import make_groups
 
+ACCELERATOR = os.environ.get("FITRL_TEST_ACCELERATOR", "cpu")
+
 
 class KeepGradients(lightning.Callback):
     """Keeps the gradient of each optimizer step as it is before clipping."""
@@ -31,7 +33,7 @@ class KeepGradients(lightning.Callback):
 
     def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
         grads = [p.grad.flatten() for p in module.parameters() if p.grad is not None]
-        flat = torch.cat(grads).double()
+        flat = torch.cat(grads).double().cpu()
         index = torch.arange(flat.numel(), dtype=torch.float64)
         # enough to tell any two gradients apart, small enough to write down
         self.steps.append([float(flat.norm()), float(flat.sum()), float((flat * torch.cos(index)).sum())])
@@ -59,7 +61,7 @@ CASES: dict[str, dict[str, Any]] = {
 def new_trainer(*callbacks: lightning.Callback, precision: str = "64-true") -> fitrl.LocalTrainer:
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return fitrl.LocalTrainer(
-        accelerator="cpu",
+        accelerator=ACCELERATOR,
         devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         strategy="fitrl_ddp" if several else "fitrl_local",
         precision=precision,
@@ -72,7 +74,7 @@ def new_trainer(*callbacks: lightning.Callback, precision: str = "64-true") -> f
 def digest(trainer: fitrl.LocalTrainer) -> str:
     sha = hashlib.sha256()
     for _, tensor in trainer.verbs.named_weights():
-        sha.update(tensor.contiguous().numpy().tobytes())
+        sha.update(tensor.contiguous().cpu().numpy().tobytes())
     return sha.hexdigest()
 
 
@@ -87,12 +89,12 @@ def train(root: Path) -> dict[str, Any]:
                 trainer.fit_rl(model, make_groups(seed=seed, num_groups=3), learning_rate=1e-3, **arguments)
                 for seed in (1, 2)
             ]
-            timed = ("time/", "throughput/", "data/padding_fraction")
+            own = ("time/", "throughput/", "memory/", "data/padding_fraction")
             seen[name] = {
                 "gradients": keep.steps,
                 "steps": [result.step for result in results],
                 "metrics": [
-                    {key: value for key, value in result.metrics.items() if not key.startswith(timed)}
+                    {key: value for key, value in result.metrics.items() if not key.startswith(own)}
                     for result in results
                 ],
                 "checkpoints": [str(result.checkpoint_path) for result in results],
@@ -162,7 +164,7 @@ def stock(root: Path) -> dict[str, Any]:
     torch.manual_seed(5)
     keep = KeepGradients()
     trainer = lightning.Trainer(
-        accelerator="cpu",
+        accelerator=ACCELERATOR,
         devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         strategy="fitrl_ddp" if several else "fitrl_local",
         max_steps=2,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 import fitrl
 from distributed.ddp_worker import CASES
-from distributed.launch import HERE, torchrun
+from distributed.launch import HERE, command, environment, torchrun
 from fitrl.errors import InvalidArgumentError
 
 pytestmark = pytest.mark.slow
@@ -24,7 +25,7 @@ def seen(tmp_path_factory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("ddp")
     alone = subprocess.run(
         [sys.executable, str(HERE / "ddp_worker.py"), str(folder / "one")],
-        env={"PYTHONPATH": ":".join([str(HERE.parent), *sys.path]), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+        env=environment(),
         capture_output=True,
         text=True,
         check=False,
@@ -112,6 +113,29 @@ def test_under_a_stock_trainer(seen) -> None:
     one, first, second = (seen[name]["stock"] for name in ("one", "two.0", "two.1"))
     assert first == second and first["steps"] == one["steps"] == 2
     assert all(norm > 0 for norm in first["norms"])
+
+
+def test_sigterm_stops_all_ranks_after_the_same_step_and_saves(tmp_path) -> None:
+    job = subprocess.Popen(
+        command("endless_worker.py", str(tmp_path)),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert job.stdout is not None
+    while "step 4" not in (line := job.stdout.readline()):
+        assert line, job.communicate()[1]
+    job.send_signal(signal.SIGTERM)
+    _, said = job.communicate(timeout=120)
+    assert job.returncode != 0
+    assert said.count("fitrl: stopped at step") == 1
+    model = fitrl.TrainableModel("endless", "ddp", "tiny", lora=None, root=tmp_path)
+    [checkpoint] = model.checkpoints()
+    assert str(checkpoint) in said and model.step >= 4
+    with fitrl.LocalTrainer(accelerator="cpu", devices=1, enable_model_summary=False) as trainer:
+        trainer.open(model)  # one process goes on from what two saved
+        assert trainer.global_step == model.step == int(checkpoint.name)
 
 
 @pytest.mark.parametrize("options", [{"devices": 2}, {"devices": 1}])

@@ -45,10 +45,11 @@ def test_a_signal_finishes_the_step_saves_and_says_where_to_resume(number, raise
     with fitrl.LocalTrainer(**CPU, callbacks=[At(1, lambda: os.kill(os.getpid(), number))]) as trainer:
         with pytest.raises(raised) as caught:
             trainer.fit_rl(model, make_groups(seed=1), num_minibatches=3, save_checkpoint=False, learning_rate=1e-3)
-        assert handlers() == before
+        assert handlers()[0] is before[0]
         assert trainer.global_step == model.step == 2  # the step under way, no further one
         if raised is SystemExit:
             assert caught.value.code == 128 + signal.SIGTERM
+    assert handlers() == before
     assert [path.name for path in model.checkpoints()] == ["0002"]
     said = capfd.readouterr().err
     assert f"{number.name}: stopping after the optimizer step" in said
@@ -85,19 +86,37 @@ def test_a_second_signal_stops_at_once(model) -> None:
         trainer.fit_rl(model, make_groups(seed=1), learning_rate=1e-3)
         with pytest.raises(KeyboardInterrupt):
             trainer.fit_rl(model, make_groups(seed=2), num_minibatches=2)
-        assert handlers() == before
+        assert handlers() == before  # the session is gone, too
         assert not trainer.verbs.is_live
     with fitrl.LocalTrainer(**CPU) as trainer:
         trainer.open(model)
         assert trainer.global_step == 1
 
 
-def test_an_interrupt_between_calls_saves_what_was_not(model, capfd) -> None:
-    with pytest.raises(KeyboardInterrupt), fitrl.LocalTrainer(**CPU) as trainer:
+@pytest.mark.parametrize(
+    ("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)], ids=["SIGINT", "SIGTERM"]
+)
+def test_a_signal_between_calls_saves_what_was_not(number, raised, model, capfd) -> None:
+    before = handlers()
+    with pytest.raises(raised), fitrl.LocalTrainer(**CPU) as trainer:
         trainer.fit_rl(model, make_groups(seed=1), learning_rate=1e-3, save_checkpoint=False)
-        raise KeyboardInterrupt  # in a rollout, say
+        os.kill(os.getpid(), number)  # in a rollout, say
+    assert handlers() == before
     assert [path.name for path in model.checkpoints()] == ["0001"]
     assert "stopped at step 1" in capfd.readouterr().err
+
+
+def test_handlers_of_the_users_own_are_left_alone_between_calls(model) -> None:
+    got = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: got.append(number))
+    try:
+        with fitrl.LocalTrainer(**CPU) as trainer:
+            trainer.fit_rl(model, make_groups(seed=1), learning_rate=1e-3)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert got == [signal.SIGTERM]
+            assert trainer.fit_rl(model, make_groups(seed=2)).step == 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # -- fit_rl_async -----------------------------------------------------------------------------------------------------

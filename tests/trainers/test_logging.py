@@ -119,7 +119,7 @@ root = Path(sys.argv[1])
 (root / "wandb-files").mkdir()
 logger = WandbLogger(project="p", save_dir=str(root / "wandb-files"), offline=True)
 results = learn(root, of_trainer=[logger], of_model=[logger])
-wandb.finish()
+wandb.teardown()  # waits for the service, and so for the file
 [file] = (root / "wandb-files" / "wandb").glob("offline-run-*/*.wandb")
 print(json.dumps([[[result.step, result.metrics["reward/mean"]] for result in results], list(wandb_rewards(file))]))
 """

@@ -10,7 +10,7 @@ from pathlib import Path
 from fitrl.cli.runs import add_run_arguments, find_run
 from fitrl.errors import DataError
 from fitrl.policy.plots import plot_metrics
-from fitrl.policy.trajectories import json_lines
+from fitrl.policy.trajectories import read_history
 
 REWARD = "reward/mean"
 
@@ -52,14 +52,13 @@ def read_series(run: Path, keys: Sequence[str]) -> dict[str, dict[int, float]]:
     Raises:
         DataError: the run has no such metric; the message names those that it has.
     """
-    history = list(json_lines(run / "history.jsonl")) if (run / "history.jsonl").is_file() else []
     series: dict[str, dict[int, float]] = {key: {} for key in keys}
     there: set[str] = set()
-    for line in history:
+    for line in read_history(run / "history.jsonl"):
         there |= line["metrics"].keys()
         for key in keys:
             if key in line["metrics"]:
-                series[key][int(line["step"])] = float(line["metrics"][key])
+                series[key][int(line["step"])] = line["metrics"][key]
     absent = [key for key in keys if not series[key]]
     if absent:
         raise DataError(f"{run} has logged no {', '.join(absent)}; it has: {', '.join(sorted(there)) or 'nothing'}")

@@ -118,7 +118,7 @@ def conversation(trajectory: Trajectory) -> Iterator[tuple[str, str]]:
     """Who said what; what the policy said is marked."""
     for history in trajectory.histories():
         for item in history.messages_and_choices:
-            message = item.message if isinstance(item, Completion) else item
+            message = item if isinstance(item, dict) else item.message  # of a file, so a completion where it is none
             role = str(message.get("role", "?"))
             said = message.get("content")
             words = [said if isinstance(said, str) else "" if said is None else repr(said)]

@@ -6,6 +6,7 @@ share a microbatch, because sequence-level ratios need the whole trajectory.
 
 from __future__ import annotations
 
+import heapq
 import math
 import random
 from collections.abc import Sequence
@@ -109,27 +110,29 @@ def _first_fit(samples: Sequence[Sample], max_tokens: int | None, layout: Layout
         if needed > max_tokens:
             raise InvalidArgumentError(f"a trajectory takes {needed} positions, max_tokens={max_tokens} allows fewer")
     lengths = [[len(history) - 1 for history in sample.histories] for sample in samples]
-    size = [max(row) for row in lengths] if layout == "padded" else [sum(row) for row in lengths]
-    order = sorted(range(len(samples)), key=lambda index: (-size[index], index))
+    # the first sample of a bin is its widest, so that a padded bin has a fixed number of rows, a packed one of tokens
+    if layout == "padded":
+        size, need = [max(row) for row in lengths], [len(row) for row in lengths]
+    else:
+        size = need = [sum(row) for row in lengths]
     bins: list[list[int]] = []
-    used: list[int] = []
-    widest: list[int] = []
-    for index in order:
-        for place in range(len(bins)):
-            if layout == "padded":
-                grown = (used[place] + len(lengths[index])) * max(widest[place], size[index])
-            else:
-                grown = used[place] + size[index]
-            if grown <= max_tokens:
-                break
+    # a binary tree over the bins: each node holds the most room that a bin below it has left
+    leaves = 1 << (len(samples) - 1).bit_length()
+    room = [0] * (2 * leaves)
+    for index in sorted(range(len(samples)), key=lambda index: (-size[index], index)):
+        if bins and room[1] >= need[index]:
+            node = 1
+            while node < leaves:
+                node = 2 * node if room[2 * node] >= need[index] else 2 * node + 1
         else:
-            place = len(bins)
+            node = leaves + len(bins)
             bins.append([])
-            used.append(0)
-            widest.append(0)
-        bins[place].append(index)
-        used[place] += len(lengths[index]) if layout == "padded" else size[index]
-        widest[place] = max(widest[place], size[index])
+            room[node] = max_tokens // size[index] if layout == "padded" else max_tokens
+        bins[node - leaves].append(index)
+        room[node] -= need[index]
+        while node > 1:
+            node //= 2
+            room[node] = max(room[2 * node], room[2 * node + 1])
     return [sorted(indices) for indices in bins]
 
 
@@ -137,11 +140,11 @@ def _balance(samples: Sequence[Sample], num_batches: int) -> list[list[int]]:
     """Largest first onto the emptiest microbatch."""
     order = sorted(range(len(samples)), key=lambda index: (-samples[index].num_input_tokens, index))
     bins: list[list[int]] = [[] for _ in range(min(num_batches, len(samples)))]
-    load = [0] * len(bins)
+    loads = [(0, place) for place in range(len(bins))]  # a heap: the emptiest first
     for index in order:
-        place = min(range(len(bins)), key=lambda candidate: (load[candidate], candidate))
+        load, place = loads[0]
         bins[place].append(index)
-        load[place] += samples[index].num_input_tokens
+        heapq.heapreplace(loads, (load + samples[index].num_input_tokens, place))
     return [sorted(indices) for indices in bins]
 
 

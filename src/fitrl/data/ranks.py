@@ -44,13 +44,13 @@ def collect(text: str) -> list[str]:
     return [bytes(part[:size].cpu().numpy()).decode() for part, size in zip(parts, sizes, strict=True)]
 
 
-def agree(flag: bool) -> bool:
-    """Whether any rank says so."""
+def highest(number: int) -> int:
+    """The highest number that any rank says."""
     if world_size() == 1:
-        return flag
-    said = torch.tensor([float(flag)], device=_device())
+        return number
+    said = torch.tensor([number], device=_device())
     dist.all_reduce(said, op=dist.ReduceOp.MAX)
-    return bool(said.item())
+    return int(said.item())
 
 
 def sum_up(values: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from fitrl.data.groups import TrajectoryGroup
+from fitrl.data.json_lines import number_to_json
 from fitrl.errors import InvalidArgumentError
 from fitrl.policy import trajectories as files
 from fitrl.policy.checkpoints import list_checkpoints, remove
@@ -179,7 +180,8 @@ class TrainableModel(OlderCalls):
             return numbers
         if groups:
             files.write(self._trajectories_dir(split), at, groups, self.trajectory_format)
-        entry = {"step": at, "split": split, "time": time.time(), "metrics": numbers}
+        plain = {key: number_to_json(value) for key, value in numbers.items()}
+        entry = {"step": at, "split": split, "time": time.time(), "metrics": plain}
         files.append_lines(self.run_dir / "history.jsonl", [json.dumps(entry) + "\n"])
         for logger in self.loggers:
             if news := self.told.news(logger, numbers, at):
@@ -193,7 +195,7 @@ class TrainableModel(OlderCalls):
         A line that a crash cut short is left out and named in a warning.
         """
         path = self.run_dir / "history.jsonl"
-        return list(files.json_lines(path)) if path.is_file() else []
+        return files.read_history(path)
 
     def trajectories(self, *, split: str = "train", step: int | None = None) -> list[TrajectoryGroup]:
         """The groups that `log` kept of a step, in either format.

@@ -12,12 +12,17 @@ from torch import Tensor
 from fitrl.data.batch import Batch
 from fitrl.errors import DataError
 
+_MOST_DRAWN = 8  # the time that a constrained layout takes explodes with more
+
 
 def plot_batches(batches: Sequence[Batch], path: Path) -> Path:
-    """Draw segments, advantages, and rollout and old probabilities of the microbatches of one step."""
+    """Draw segments, advantages, and rollout and old probabilities of the first microbatches of one step."""
     from matplotlib.figure import Figure
 
+    total = len(batches)
+    batches = batches[:_MOST_DRAWN]
     figure = Figure(figsize=(12, 1 + 2.2 * len(batches) * 4 / 2), layout="constrained")
+    figure.suptitle(f"microbatches of one optimizer step, {len(batches)} of {total}")
     axes = figure.subplots(len(batches) * 2, 2, squeeze=False)
     for index, batch in enumerate(batches):
         inputs, targets = batch.model_inputs, batch.loss_inputs

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from fitrl.data.groups import Trajectory, TrajectoryGroup
+from fitrl.data.json_lines import dump, number_from_json
 from fitrl.errors import DataError, InvalidArgumentError, MissingDependencyError
 
 TrajectoryFormat: TypeAlias = Literal["jsonl", "parquet"]
@@ -92,7 +93,15 @@ def append_lines(path: Path, lines: Sequence[str]) -> None:
         file.write((b"\n" if cut else b"") + "".join(lines).encode())
 
 
-def json_lines(path: Path) -> Iterator[Any]:
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """The entries of a run's `history.jsonl`, oldest first; none without a file."""
+    entries: list[dict[str, Any]] = list(whole_lines(path)) if path.is_file() else []
+    for entry in entries:
+        entry["metrics"] = {key: number_from_json(value) for key, value in entry["metrics"].items()}
+    return entries
+
+
+def whole_lines(path: Path) -> Iterator[Any]:
     """The values of a JSONL file; a line that a crash has cut is skipped with a warning that names it."""
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
@@ -112,8 +121,8 @@ def _files(folder: Path) -> list[tuple[tuple[int, int], Path]]:
 
 def _read_jsonl(path: Path) -> list[TrajectoryGroup]:
     try:
-        return [TrajectoryGroup.from_dict(value) for value in json_lines(path)]
-    except (KeyError, TypeError, AttributeError) as error:
+        return [TrajectoryGroup.from_dict(value) for value in whole_lines(path)]
+    except (DataError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} holds something else than trajectory groups: {error!r}") from error
 
 
@@ -127,15 +136,12 @@ def _rows(number: int, group: TrajectoryGroup) -> Iterator[dict[str, Any]]:
             completions = trajectory.completions()
             row |= {
                 "reward": float(trajectory.reward),
+                "trajectory": trajectory.to_json(),  # first: it names what JSON cannot hold
                 "prompt": json.dumps(_before_first_completion(trajectory)),
                 "completion": completions[-1].text if completions else None,
-                "trajectory": trajectory.to_json(),
             }
         if not index:
-            try:
-                row["group_data"] = json.dumps(data)
-            except TypeError as error:
-                raise DataError(f"this group holds a value that JSON cannot hold: {error}") from error
+            row["group_data"] = dump(data, "group")
         yield row
 
 

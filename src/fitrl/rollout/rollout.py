@@ -189,8 +189,8 @@ async def rollout_async(
     """`rollout` for code that has an event loop."""
     if group_size < 1:
         raise InvalidArgumentError(f"group_size must be at least 1, got {group_size}")
-    if isinstance(stop, str):
-        raise InvalidArgumentError(f"stop must be a list of strings, got the string {stop!r}")
+    if isinstance(stop, str) or not isinstance(stop, Sequence):
+        raise InvalidArgumentError(f"stop must be a list of strings, got {stop!r}")
 
     tasks = list(tasks)
     if seed is None and ranks.world_size() > 1:

@@ -48,7 +48,7 @@ from fitrl.protocols.verbs import PolicyTrainer
 from fitrl.rollout.sampler import Sampler
 from fitrl.rollout.transformers import TransformersSampler
 from fitrl.strategies.verbs import PolicyVerbs
-from fitrl.trainers.interrupts import Interrupts
+from fitrl.trainers.interrupts import Interrupts, Stop
 from fitrl.trainers.learning_rate import num_trajectories_factor, reward_std_factor
 from fitrl.trainers.plan import Plan, plan_call
 from fitrl.trainers.progress import RewardProgressBar
@@ -203,6 +203,7 @@ class RLTrainer(lightning.Trainer):
         self.verbs.keep_alive = True
         try:
             self.strategy.setup_environment()
+            self._interrupts.watch()
             ranks.first(lambda: self._take(model))
             _compat.attach(self, module)
             _compat.set_global_step(self, 0)
@@ -277,6 +278,7 @@ class RLTrainer(lightning.Trainer):
         if self._session is not None and self._session.sampler is not None:
             self._session.sampler.close()
         self._session = None
+        self._interrupts.unwatch()
         self.verbs.close()
         _compat.detach(self)
         if self._lock is not None:
@@ -322,10 +324,11 @@ class RLTrainer(lightning.Trainer):
                 result = self._update_alone(model, list(groups), settings)
         finally:
             self._busy.release()
-        if (received := self._interrupts.received) is not None:
-            if received is signal.SIGTERM:
-                raise SystemExit(128 + received)
-            raise KeyboardInterrupt
+        if self._interrupts.stop is Stop.SIGNALLED:
+            received, self._interrupts.received = self._interrupts.received, None
+            if received is signal.SIGINT:
+                raise KeyboardInterrupt
+            raise SystemExit(128 + signal.SIGTERM)
         return result
 
     def _update_alone(
@@ -338,18 +341,18 @@ class RLTrainer(lightning.Trainer):
         before = self.global_step
         checkpoint = None
         metrics = samples.metrics | {"objective/exact": 1.0}
-        stopped = self._interrupts.agree()
-        if samples.groups and not stopped:
+        stop = self._interrupts.agree()
+        if samples.groups and not stop:
             self._train(samples, settings, history)
             metrics = module.call_metrics
-            stopped = self._interrupts.agreed
+            stop = self._interrupts.stop
             start = time.perf_counter()
             if settings.save_checkpoint and self.global_step > before:
                 checkpoint = self._save()
             metrics = metrics | {"time/checkpoint_s": time.perf_counter() - start}
-        elif not stopped:
+        elif not stop:
             module.reward_history = history
-        if stopped and self._interrupts.received is not None:
+        if stop is Stop.SIGNALLED:
             self._say_where_to_resume(self._save())
         result = LocalTrainResult(
             step=self.global_step,
@@ -419,6 +422,7 @@ class RLTrainer(lightning.Trainer):
         samples = build_samples(
             join_groups(groups),
             policy.tokenizer,
+            vocabulary_size=policy.vocabulary_size,
             scale_rewards=settings.scale_rewards,
             advantage_balance=settings.advantage_balance,
             max_history_tokens=policy.context_length,

@@ -1,4 +1,8 @@
-"""Ctrl-C, SIGTERM and cancellation during a call: the optimizer step under way is finished, then the call stops."""
+"""Ctrl-C, SIGTERM and cancellation: the optimizer step under way is finished, then the call stops.
+
+Between calls one process leaves at once, by an exception, so that `with trainer` saves; a rank of several waits for
+the next call, where all of them agree, because one that leaves would keep the others waiting.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import IntEnum
 from types import FrameType
 from typing import Any
 
@@ -18,49 +23,77 @@ from fitrl.data import ranks
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class Stop(IntEnum):
+    """Why a call stops before its end."""
+
+    NO = 0
+    CANCELLED = 1
+    SIGNALLED = 2
+
+
 class Interrupts(Callback):
     """Turns the first signal into a stop between two optimizer steps; a second one stops at once.
 
-    With several ranks all stop after the same step, whichever of them was told to.
+    With several ranks all stop after the same step, whichever of them was told to. Handlers of the user's own are
+    replaced during calls only.
 
     Attributes:
         received: the signal that asked for the stop.
         cancelled: set by another thread to ask for it; of the call that is running.
-        agreed: whether any rank was told to stop, as of the last step.
+        stop: what the ranks have agreed on, as of the last step.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self.cancelled: threading.Event | None = None
-        self.agreed = False
-        self._listening = False
+        self.stop = Stop.NO
+        self._before: dict[signal.Signals, Any] | None = None  # handlers to give back after the call that runs
+        self._watched: dict[signal.Signals, Any] = {}
 
-    def agree(self) -> bool:
+    def watch(self) -> None:
+        """Handle signals between calls, too, from now on; for a session."""
+        if threading.current_thread() is not threading.main_thread():
+            return  # only the main thread gets signals, and sets handlers
+        several = ranks.world_size() > 1
+        for number in (signal.SIGTERM, signal.SIGINT) if several else (signal.SIGTERM,):
+            handler = self._handler(number)
+            if handler in (signal.SIG_DFL, signal.default_int_handler):
+                self._watched[number] = handler
+                self._set_handler(number, self._handle)
+
+    def unwatch(self) -> None:
+        """Give the handlers back."""
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in self._watched.items():
+                if self._handler(number) == self._handle:
+                    self._set_handler(number, handler)
+        self._watched.clear()
+
+    def agree(self) -> Stop:
         """Whether this process or another rank was told to stop; a collective."""
-        told = self.received is not None or (self.cancelled is not None and self.cancelled.is_set())
-        self.agreed = ranks.agree(told)
-        return self.agreed
+        told = Stop.CANCELLED if self.cancelled is not None and self.cancelled.is_set() else Stop.NO
+        self.stop = Stop(ranks.highest(Stop.SIGNALLED if self.received is not None else told))
+        return self.stop
 
     @contextmanager
     def listen(self) -> Iterator[None]:
         """Handle signals during a call; the handlers from before come back after it."""
-        self.received, self.agreed = None, False
+        self.stop = Stop.NO
         if threading.current_thread() is not threading.main_thread():
-            yield  # only the main thread gets signals
+            yield
             return
-        before = {number: signal.getsignal(number) for number in _SIGNALS}
-        self._listening = True
+        self._before = {number: signal.getsignal(number) for number in _SIGNALS}
         self._install()
         try:
             yield
         finally:
-            self._listening = False
+            before, self._before = self._before, None
             for number, handler in before.items():
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Take SIGTERM back from Lightning, whose handler leaves the process with nothing saved."""
-        if self._listening:
+        if self._before is not None:
             self._install()
 
     def on_train_batch_end(
@@ -75,11 +108,23 @@ class Interrupts(Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and self.agree():
             trainer.should_stop = True
 
+    def _handler(self, number: signal.Signals) -> Any:
+        """The handler outside of calls."""
+        return signal.getsignal(number) if self._before is None else self._before[number]
+
+    def _set_handler(self, number: signal.Signals, handler: Any) -> None:
+        if self._before is None:
+            signal.signal(number, handler)
+        else:
+            self._before[number] = handler
+
     def _install(self) -> None:
         for number in _SIGNALS:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._before is None and ranks.world_size() == 1:
+            raise SystemExit(128 + number)
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)

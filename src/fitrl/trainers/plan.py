@@ -95,7 +95,7 @@ def _score(samples: SampleSet, settings: UpdateSettings, verbs: PolicyVerbs) -> 
     if not settings.precalculate_logprobs and reference is None:
         return None
     module.logprob_chunk_size = settings.logprob_calculation_chunk_size
-    flat = [sample for group in samples.groups for sample in group]
+    flat = samples.flat
     batches = pack(
         flat,
         max_tokens=_max_tokens(flat, settings, module, verbs.root_device),
