@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import EntryPoint, entry_points, version
 
 COMMANDS = {
@@ -79,8 +79,6 @@ def _summary(entry: EntryPoint) -> str:
     text = entry.dist.metadata.json.get("summary") if entry.dist is not None else None
     return str(text or f"of {entry.value}").replace("%", "%%")
 
-
-Command = Callable[[list[str]], "int | None"]
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,6 +1,7 @@
 """The first step of the command: which sub-command, help that does not wait for torch, errors in one line."""
 
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
@@ -77,6 +78,25 @@ def test_a_plugin_brings_a_command(monkeypatch, capsys) -> None:
     assert re.search(r"serve +of fitrl_plugin_of_a_test:main", capsys.readouterr().out)
 
 
+def test_an_installed_plugin_is_found_by_its_metadata(tmp_path) -> None:
+    """What an installer leaves: a module, and metadata with a summary and the entry point."""
+    (tmp_path / "fitrl_serve_of_a_test.py").write_text("def main(arguments):\n    print('served', arguments)\n")
+    metadata = tmp_path / "fitrl_serve_of_a_test-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: fitrl-serve\nVersion: 1.0\nSummary: Serve 100% of it\n"
+    )
+    (metadata / "entry_points.txt").write_text("[fitrl.commands]\nserve = fitrl_serve_of_a_test:main\n")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+
+    def run(*arguments: str) -> str:
+        command = [COMMAND, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+
+    assert re.search(r"serve +Serve 100% of it", run("--help"))
+    assert run("serve", "--port", "1") == "served ['--port', '1']\n"
+
+
 def test_a_plugin_that_returns_nothing_has_succeeded(monkeypatch) -> None:
     plugin(monkeypatch, lambda arguments: None)
     assert main(["serve"]) == 0
@@ -113,7 +133,7 @@ def test_interrupted(monkeypatch, capsys) -> None:
 
 
 def test_the_installed_command_ends_with_the_status() -> None:
-    done = subprocess.run([COMMAND, "plot"], capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and done.stderr.startswith("usage: fitrl plot") and done.stdout == ""
+    done = subprocess.run([COMMAND, "nothing"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("usage: fitrl") and done.stdout == ""
     closed = subprocess.run(f"{COMMAND} backends | true", shell=True, capture_output=True, text=True, check=False)
     assert closed.stderr == ""

@@ -234,6 +234,7 @@ def test_lightnings_bars_and_ours_do_not_meet(config, monkeypatch) -> None:
 
 MISTAKES = {
     "an argument of another backend": (["--fit_rl.deploy_checkpoint", "true"], "backend 'local' takes: learning_rate"),
+    "a flag without its value": (["--config"], "expected one argument"),
     "a wrong type": (["--fit_rl.ppo", "3"], 'key "fit_rl.ppo": Expected a <class \'bool\'>'),
     "not one of the choices": (["--fit_rl.kl_in", "nowhere"], "fit_rl.kl_in"),
     "an unknown option": (["--trainer.divices", "1"], "trainer.divices"),

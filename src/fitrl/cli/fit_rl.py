@@ -36,6 +36,7 @@ def main(arguments: Sequence[str]) -> int:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")
+    backend = DEFAULT_BACKEND
     with working_directory_importable():
         try:
             given = with_config_of_resumed(list(arguments))
