@@ -212,7 +212,7 @@ def test_early_stopping_ends_the_run(config, capsys) -> None:
     }
     fit("--config", write(config), "--steps", "50")
     [run] = runs()
-    assert calls(run) == [1]
+    assert calls(run) == [1] and "a callback asked to stop after 1 of 50 steps" in capsys.readouterr().out
     assert list(run.rglob("events.out.*")) and list(run.rglob("*.ckpt"))  # Lightning's files are in the run folder
     assert not Path("lightning_logs").exists()
 

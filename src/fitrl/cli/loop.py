@@ -42,7 +42,9 @@ def learn(cli: FitRLCLI) -> None:
             if not result.num_optimizer_steps:
                 for bar in bars:
                     bar.advance(result.metrics)
-            if trainer.should_stop:
+            if trainer.should_stop and call < steps:
+                if trainer.is_global_zero:
+                    print(f"a callback asked to stop after {call} of {steps} steps")
                 break
         if trainer.is_global_zero:
             report(model, rewards, time.perf_counter() - start)
