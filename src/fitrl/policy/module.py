@@ -375,8 +375,8 @@ class PolicyModule(lightning.LightningModule):
             return  # a gradient scaler skips such steps by itself
         if math.isfinite(step := float(self._broken_at)):
             raise NonFiniteGradientError(
-                f"the gradient of step {step:.0f} was not finite, so the weights are not since: load a checkpoint from "
-                "before it, trainer.open(model).load(), then lower the learning rate or clip the gradient"
+                f"the gradient of step {step:.0f} was not finite, so the weights are not since: go on from the newest "
+                "checkpoint, as fit_rl does by itself, with a lower learning rate or gradient_clip_val"
             )
 
     def configure_optimizers(self) -> Any:

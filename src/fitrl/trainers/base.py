@@ -35,6 +35,7 @@ from fitrl.data.samples import SampleSet, build_samples
 from fitrl.errors import (
     DataError,
     InvalidArgumentError,
+    NonFiniteGradientError,
     SessionError,
 )
 from fitrl.objective.objective import ImportanceSamplingLevel
@@ -459,6 +460,9 @@ class RLTrainer(lightning.Trainer):
             self.verbs.set_learning_rate(rate)
             try:
                 self._run_epoch(module, plan)
+            except NonFiniteGradientError:
+                self._release()  # nothing of this may be saved; the next call resumes the newest checkpoint
+                raise
             finally:  # also after an exception: the steps before it were taken
                 session.model.step = self.global_step
                 self._publish()
