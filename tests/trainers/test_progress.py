@@ -124,3 +124,13 @@ def test_disabled_draws_nothing(model) -> None:
 def test_a_total_that_is_none() -> None:
     with pytest.raises(InvalidArgumentError, match="total must be at least 1 or None, got 0"):
         fitrl.RewardProgressBar(0)
+
+
+def test_what_is_printed_to_a_file_stays_there(capsys) -> None:
+    """Rich would send it to the terminal of the bar."""
+    console = terminal()
+    bar = fitrl.RewardProgressBar(console=console)
+    bar.start()
+    print("a line of the user")
+    bar.close()
+    assert capsys.readouterr().out == "a line of the user\n" and "user" not in console.file.getvalue()

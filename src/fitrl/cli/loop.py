@@ -24,6 +24,7 @@ def learn(cli: FitRLCLI) -> None:
     torch.manual_seed(seed)  # before the policy is opened: a checkpoint brings the RNG's state with it
     bars = [callback for callback in trainer.callbacks if isinstance(callback, RewardProgressBar)]
     rewards: list[float] = []
+    note = ""
     start = time.perf_counter()
     with _no_empty_folder(model), trainer:
         trainer.sampler(model)  # opens the run: from here on it is ours
@@ -43,11 +44,11 @@ def learn(cli: FitRLCLI) -> None:
                 for bar in bars:
                     bar.advance(result.metrics)
             if trainer.should_stop and call < steps:
-                if trainer.is_global_zero:
-                    print(f"a callback asked to stop after {call} of {steps} steps")
+                note = f"a callback asked to stop after {call} of {steps} steps"
                 break
-        if trainer.is_global_zero:
-            report(model, rewards, time.perf_counter() - start)
+        speaks = trainer.is_global_zero
+    if speaks:  # now that the bar has given the terminal back
+        report(model, rewards, time.perf_counter() - start, note)
 
 
 def calls_done(model: TrainableModel) -> int:
@@ -90,8 +91,10 @@ def _no_empty_folder(model: TrainableModel) -> Iterator[None]:
         raise
 
 
-def report(model: TrainableModel, rewards: list[float], seconds: float) -> None:
+def report(model: TrainableModel, rewards: list[float], seconds: float, note: str) -> None:
     """Say what was learned and where it lies."""
+    if note:
+        print(note)
     if rewards:
         tenth = max(1, len(rewards) // 10)
         first, last = (sum(part) / tenth for part in (rewards[:tenth], rewards[-tenth:]))

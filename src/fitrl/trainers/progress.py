@@ -8,6 +8,7 @@ are known; of the metrics they show the reward only.
 from __future__ import annotations
 
 import atexit
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -107,7 +108,10 @@ class RewardProgressBar(ProgressBar):
             TextColumn("{task.fields[numbers]}", markup=False),
             TimeElapsedColumn(),
         )
-        self._drawn = Progress(*columns, console=self._console or Console(stderr=True))
+        # what is printed meanwhile goes above the line; unless standard output is a file, where it belongs
+        self._drawn = Progress(
+            *columns, console=self._console or Console(stderr=True), redirect_stdout=sys.stdout.isatty()
+        )
         self._line = self._drawn.add_task("fit_rl", total=self.total, completed=self.completed, numbers="")
         self._drawn.start()
         atexit.register(self.close)  # a terminal whose cursor is hidden would stay so
