@@ -178,6 +178,23 @@ def test_a_resumed_run_may_have_another_configuration_or_root(config, tmp_path) 
     assert not runs()
 
 
+def test_checkpoints_may_be_further_apart(config) -> None:
+    fit("--config", write(config), "--steps", "5", "--save_every", "2")
+    [run] = runs()
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["0002", "0004", "0005"]
+    fit("--config", write(config), "--steps", "3", "--save_every", "2", "--fit_rl.save_checkpoint", "false")
+    [second] = [found for found in runs() if found != run]
+    assert not (second / "checkpoints").exists()
+
+
+def test_a_run_that_stops_between_two_saves_is_saved(config) -> None:
+    stop = {"class_path": "EarlyStopping", "init_args": {"monitor": "reward/mean", "patience": 1, "min_delta": 10}}
+    config["trainer"]["callbacks"] = [stop]
+    fit("--config", write(config), "--steps", "9", "--save_every", "4")
+    [run] = runs()
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["0002"]
+
+
 def test_where_a_resumed_run_stands(tmp_path) -> None:
     model = fitrl.TrainableModel("run", "project", "tiny", lora=None, root=tmp_path)
     assert calls_done(model) == 0

@@ -100,6 +100,9 @@ def make_parser(backend: str = DEFAULT_BACKEND, *, shows_all: bool = False) -> P
     )
     run.add_argument("--seed", type=int, default=0, help="of the tasks drawn and of the sampling")
     run.add_argument(
+        "--save_every", type=PositiveInt, default=1, help="calls from one checkpoint to the next; the last is saved too"
+    )
+    run.add_argument(
         "--resume", type=str | None, default=None, metavar="RUN", help="go on with this run: a folder, or project/name"
     )
     run.add_argument("--progress", type=bool, default=True, help="show a progress bar")

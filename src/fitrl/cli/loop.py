@@ -28,7 +28,7 @@ def learn(cli: FitRLCLI) -> None:
     start = time.perf_counter()
     with _no_empty_folder(model), trainer:
         trainer.sampler(model)  # opens the run: from here on it is ours
-        done = calls_done(model)
+        done, saved = calls_done(model), model.step
         if trainer.is_global_zero:
             save_config(model, cli.resolved)
         for bar in bars:
@@ -37,18 +37,29 @@ def learn(cli: FitRLCLI) -> None:
             begin = time.perf_counter()
             groups = cli.rollouts.groups(trainer.sampler(model), seed=seed, call=call)
             extra = {"loop/call": float(call), "time/rollout_s": time.perf_counter() - begin}
-            result = trainer.fit_rl(model, groups, **cli.arguments)
+            result = trainer.fit_rl(model, groups, **cli.arguments | _saving(cli, call))
             logged = model.log(groups, metrics=result.metrics | extra, step=result.step)
             rewards.append(logged["reward/mean"])
+            saved = result.step if getattr(result, "checkpoint_path", None) is not None else saved
             if not result.num_optimizer_steps:
                 for bar in bars:
                     bar.advance(result.metrics)
             if trainer.should_stop and call < steps:
                 note = f"a callback asked to stop after {call} of {steps} steps"
                 break
+        if saved != model.step and cli.arguments.get("save_checkpoint"):
+            trainer.open(model).save()  # the last call stopped early, or had nothing to learn from
         speaks = trainer.is_global_zero
     if speaks:  # now that the bar has given the terminal back
         report(model, rewards, time.perf_counter() - start, note)
+
+
+def _saving(cli: FitRLCLI, call: int) -> dict[str, bool]:
+    """Whether a call saves; nothing for a backend that does not leave it to us."""
+    if "save_checkpoint" not in cli.arguments:
+        return {}
+    is_due = call % cli.config.save_every == 0 or call == cli.config.steps
+    return {"save_checkpoint": bool(cli.arguments["save_checkpoint"]) and is_due}
 
 
 def calls_done(model: TrainableModel) -> int:
