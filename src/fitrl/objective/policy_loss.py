@@ -1,10 +1,15 @@
 """The objective's exact definition in torch, which faster versions are tested against.
 
 Enters: logprobs of the new and the old policy, advantages, mask. Leaves: a scalar loss and raw metric sums. Comments
-number the steps in their order of application.
+number the steps in their order of application. `policy_loss` = `token_rows`, all that is known before the new logprobs,
+then `loss_of_rows`; the fused head calls the two itself, and the second one tile by tile.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,41 +58,187 @@ def policy_loss(
     Raises:
         InvalidArgumentError: shapes differ, or an input that the objective needs is missing.
     """
+    if logprobs.dim() != 1:
+        raise InvalidArgumentError(f"logprobs must be [T], got shape {tuple(logprobs.shape)}")
+    rows = token_rows(
+        old_logprobs,
+        advantages,
+        mask,
+        trajectory_ids,
+        objective,
+        rollout_logprobs=rollout_logprobs,
+        reference_logprobs=reference_logprobs,
+        num_tokens=num_tokens,
+        num_sequences=num_sequences,
+        kl_mean=kl_mean,
+        size=len(logprobs),
+        dtype=torch.float64 if logprobs.dtype == torch.float64 else torch.float32,
+    )
+    _check_shapes(len(logprobs), entropies=entropies)
+    return loss_of_rows(logprobs, rows, objective, entropies)
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class TokenRows:
+    """All that a token's loss needs besides its new logprob; made before the logits are.
+
+    The rows of a batch whose loss is `independent` may be cut into tiles: losses and metrics of the tiles add up.
+
+    Attributes:
+        mask: [T] bool.
+        old_logprobs: [T] q, 0 where masked out, NaN where the policy as it is now is meant.
+        advantages: [T], 0 where masked out.
+        weights: [T] what a token's loss is multiplied by in the sum over tokens (step 12); 0 where masked out.
+        trajectory_ids: [T] int64, 0 where masked out; None where trajectories do not matter.
+        trajectory_lengths: [T] masked-in tokens of the token's trajectory, at least 1; None likewise.
+        rollout_logprobs: [T] or None.
+        reference_logprobs: [T], 0 where masked out, or None.
+        kl_mean: scalar or None.
+        size: T of the whole batch, above every trajectory id.
+        independent: whether a token's loss depends on no other token's new logprob.
+    """
+
+    mask: Tensor
+    old_logprobs: Tensor
+    advantages: Tensor
+    weights: Tensor
+    trajectory_ids: Tensor | None
+    trajectory_lengths: Tensor | None
+    rollout_logprobs: Tensor | None
+    reference_logprobs: Tensor | None
+    kl_mean: Tensor | float | None
+    size: int
+    independent: bool
+
+    def __getitem__(self, rows: slice | Tensor) -> TokenRows:
+        """Some of the rows: a slice, or [R] int64 indices. What was counted over the batch stays as it is."""
+        taken: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, value in taken.items():
+            if isinstance(value, Tensor) and value.dim() == 1:
+                taken[name] = value[rows] if isinstance(rows, slice) else value.index_select(0, rows)
+        return TokenRows(**taken)
+
+
+def token_rows(
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    trajectory_ids: Tensor,
+    objective: Objective,
+    *,
+    size: int,
+    dtype: torch.dtype,
+    rollout_logprobs: Tensor | None = None,
+    reference_logprobs: Tensor | None = None,
+    num_tokens: Tensor | float | None = None,
+    num_sequences: Tensor | float | None = None,
+    kl_mean: Tensor | float | None = None,
+) -> TokenRows:
+    """Check and clean the inputs of `policy_loss` that are no function of the weights, and count the denominators.
+
+    Args:
+        old_logprobs: [T], see `policy_loss`; so are the other tensors and numbers of its names.
+        advantages: [T].
+        mask: [T].
+        trajectory_ids: [T] int64.
+        objective: which loss.
+        size: T.
+        dtype: in which the loss is computed, float32 or float64.
+        rollout_logprobs: [T].
+        reference_logprobs: [T].
+        num_tokens: global count.
+        num_sequences: global count.
+        kl_mean: of the call.
+
+    Raises:
+        InvalidArgumentError: shapes differ, or an input that the objective needs is missing.
+    """
     _check_shapes(
-        logprobs,
+        size,
         old_logprobs=old_logprobs,
         advantages=advantages,
         mask=mask,
         trajectory_ids=trajectory_ids,
         rollout_logprobs=rollout_logprobs,
         reference_logprobs=reference_logprobs,
-        entropies=entropies,
     )
-    _require(objective, rollout_logprobs, reference_logprobs, entropies)
-    dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
+    _require("truncated_importance_sampling", objective, rollout_logprobs, "rollout_logprobs")
+    _require("kl_coef", objective, reference_logprobs, "reference_logprobs")
     m = mask.bool()
 
     def masked(values: Tensor) -> Tensor:
         return torch.where(m, values.to(dtype), 0.0)
 
-    p = masked(logprobs)
-    q = masked(old_logprobs)
-    q = torch.where(q.isnan(), p.detach(), q)
-    a = masked(advantages)
-    d = (p - q).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+    by_sequence = objective.importance_sampling_level != "token"
+    mean_by_sequence = objective.loss_aggregation == "seq_mean_token_mean"
+    count_sequences = num_sequences is None and objective.loss_aggregation.startswith("seq_mean")
+    ids, lengths = None, None
+    if by_sequence or mean_by_sequence or count_sequences:
+        ids = torch.where(m, trajectory_ids, 0)
+        counts = _per_trajectory(m.to(dtype), ids, size)
+        lengths = counts.clamp(min=1.0)[ids]
+        if count_sequences:
+            num_sequences = (counts > 0).sum()
 
-    counts = _per_trajectory(m.to(dtype), trajectory_ids)
-    sequences = (counts > 0).sum()
-    n_tokens = _as(m.sum() if num_tokens is None else num_tokens, dtype)
-    n_sequences = _as(sequences if num_sequences is None else num_sequences, dtype)
-    counts = counts.clamp(min=1.0)
+    # 12. aggregation: a weighted sum over tokens
+    sequences: Tensor | float = 1 if num_sequences is None else _as(num_sequences, dtype)
+    divisor: Tensor | float
+    match objective.loss_aggregation:
+        case "token_mean":
+            divisor = _at_least_one(_as(m.sum() if num_tokens is None else num_tokens, dtype))
+        case "token_sum":
+            divisor = 1.0
+        case "seq_mean_token_mean":
+            assert lengths is not None
+            divisor = lengths * _at_least_one(sequences)
+        case "seq_mean_token_sum":
+            divisor = _at_least_one(sequences)
+        case "seq_mean_token_sum_norm":
+            assert objective.norm_length is not None  # checked at construction
+            divisor = _at_least_one(sequences) * objective.norm_length
+    in_advantage = objective.kl_coef > 0 and objective.kl_in == "advantage"
+    return TokenRows(
+        mask=m,
+        old_logprobs=masked(old_logprobs),
+        advantages=masked(advantages),
+        weights=m.to(dtype) / divisor,
+        trajectory_ids=ids if by_sequence else None,
+        trajectory_lengths=lengths if by_sequence else None,
+        rollout_logprobs=None if objective.truncated_importance_sampling is None else rollout_logprobs,
+        reference_logprobs=None if reference_logprobs is None else masked(reference_logprobs),
+        kl_mean=None if kl_mean is None else _as(kl_mean, dtype),
+        size=size,
+        independent=not by_sequence and not (in_advantage and kl_mean is None),
+    )
+
+
+def loss_of_rows(
+    logprobs: Tensor, rows: TokenRows, objective: Objective, entropies: Tensor | None = None
+) -> PolicyLoss:
+    """The definition, over rows that are cleaned and weighted: steps 3 to 12.
+
+    Args:
+        logprobs: [T] p with grad.
+        rows: the rest of the same rows.
+        objective: which loss.
+        entropies: [T] with grad, needed when `entropy_coef` is not 0.
+
+    Raises:
+        InvalidArgumentError: entropies are needed and missing.
+    """
+    _require("entropy_coef", objective, entropies, "entropies")
+    m, a, q, reference = rows.mask, rows.advantages, rows.old_logprobs, rows.reference_logprobs
+    dtype = rows.weights.dtype
+    p = torch.where(m, logprobs.to(dtype), 0.0)
+    q = torch.where(q.isnan(), p.detach(), q)
+    d = (p - q).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
 
     # 3. ratio
     rho = d.exp()
-    if objective.importance_sampling_level == "token":
+    if rows.trajectory_ids is None or rows.trajectory_lengths is None:
         ratio = rho
     else:
-        s = (_per_trajectory(d, trajectory_ids) / counts).exp()[trajectory_ids]
+        s = (_per_trajectory(d, rows.trajectory_ids, rows.size)[rows.trajectory_ids] / rows.trajectory_lengths).exp()
         if objective.importance_sampling_level == "sequence":
             ratio = s
         elif objective.importance_sampling_level == "average":
@@ -102,15 +253,13 @@ def policy_loss(
     # 5. and 6. window
     low, high = objective.ratio_window
     clipped = ratio.clamp(low, high)
-    keep = m & (ratio > low) & (ratio < high) if objective.mask_prob_ratio else m
 
     # 7. and 8. terms in the advantage
     if objective.kimi_k2_tau:
         a = a - objective.kimi_k2_tau * d.detach()
-    reference = masked(reference_logprobs) if reference_logprobs is not None else None
     if objective.kl_coef > 0 and objective.kl_in == "advantage" and reference is not None:
         k1 = torch.where(m, q - reference, 0.0)
-        mean = k1.sum() / m.sum().clamp(min=1) if kl_mean is None else _as(kl_mean, dtype)
+        mean = k1.sum() / m.sum().clamp(min=1) if rows.kl_mean is None else rows.kl_mean
         a = a + objective.kl_coef * (mean - k1)
 
     # 9. token policy loss
@@ -121,26 +270,20 @@ def policy_loss(
             policy = torch.where(a < 0, torch.minimum(policy, -objective.dual_clip * a), policy)
     else:
         policy = -clipped.detach() * a * p
-    policy = torch.where(keep, policy, 0.0)
+    if objective.mask_prob_ratio:
+        policy = torch.where((ratio > low) & (ratio < high), policy, 0.0)
 
     # 10. trainer against sampler
-    if objective.truncated_importance_sampling is not None and rollout_logprobs is not None:
-        o = rollout_logprobs.to(dtype)
+    if objective.truncated_importance_sampling is not None and rows.rollout_logprobs is not None:
+        o = rows.rollout_logprobs.to(dtype)
         known = m & o.isfinite()
         gap = torch.where(known, q - o, 0.0).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
         weight = gap.exp().clamp(max=objective.truncated_importance_sampling)
         policy = policy * torch.where(known, weight, 1.0).detach()
 
-    # 11. token loss
+    # 11. token loss, and 12. its weighted sum
     def aggregated(values: Tensor) -> Tensor:
-        return _aggregate(
-            torch.where(m, values, 0.0),
-            objective,
-            trajectory_ids,
-            counts,
-            num_tokens=n_tokens,
-            num_sequences=n_sequences,
-        )
+        return (torch.where(m, values, 0.0) * rows.weights).sum()
 
     metrics = {"loss_policy": aggregated(policy)}
     loss = metrics["loss_policy"]
@@ -155,7 +298,7 @@ def policy_loss(
     elif reference is not None:
         metrics["loss_kl"] = aggregated(q - reference)
     if entropies is not None:
-        metrics["loss_entropy"] = aggregated(masked(entropies))
+        metrics["loss_entropy"] = aggregated(torch.where(m, entropies.to(dtype), 0.0))
         if objective.entropy_coef:
             loss = loss - objective.entropy_coef * metrics["loss_entropy"]
 
@@ -172,33 +315,17 @@ def policy_loss(
     return PolicyLoss(loss=loss, metrics={name: value.detach() for name, value in metrics.items()})
 
 
-def _aggregate(
-    values: Tensor,
-    objective: Objective,
-    trajectory_ids: Tensor,
-    counts: Tensor,
-    *,
-    num_tokens: Tensor | float,
-    num_sequences: Tensor | float,
-) -> Tensor:
-    """Step 12: one number from [T] token values that are 0 where masked out."""
-    match objective.loss_aggregation:
-        case "token_mean":
-            return values.sum() / _at_least_one(num_tokens)
-        case "token_sum":
-            return values.sum()
-        case "seq_mean_token_mean":
-            return (values / counts[trajectory_ids]).sum() / _at_least_one(num_sequences)
-        case "seq_mean_token_sum":
-            return values.sum() / _at_least_one(num_sequences)
-        case "seq_mean_token_sum_norm":
-            assert objective.norm_length is not None  # checked at construction
-            return values.sum() / (_at_least_one(num_sequences) * objective.norm_length)
+def added(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Raw metrics of two tiles as those of both: maxima where the key ends in `_max`, sums elsewhere."""
+    return {
+        name: torch.maximum(left[name], right[name]) if name.endswith("_max") else left[name] + right[name]
+        for name in left
+    }
 
 
-def _per_trajectory(values: Tensor, trajectory_ids: Tensor) -> Tensor:
-    """Sum [T] values by trajectory; [T] so that the number of trajectories need not come to the host."""
-    return torch.zeros_like(values).index_add(0, trajectory_ids, values)
+def _per_trajectory(values: Tensor, trajectory_ids: Tensor, size: int) -> Tensor:
+    """Sum values by trajectory; [size] so that the number of trajectories need not come to the host."""
+    return values.new_zeros(size).index_add(0, trajectory_ids, values)
 
 
 def _as(number: Tensor | float, dtype: torch.dtype) -> Tensor | float:
@@ -209,26 +336,15 @@ def _at_least_one(count: Tensor | float) -> Tensor | float:
     return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
 
 
-def _check_shapes(logprobs: Tensor, **others: Tensor | None) -> None:
-    if logprobs.dim() != 1:
-        raise InvalidArgumentError(f"logprobs must be [T], got shape {tuple(logprobs.shape)}")
-    for name, tensor in others.items():
-        if tensor is not None and tensor.shape != logprobs.shape:
+def _check_shapes(length: int, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape != (length,):
             raise InvalidArgumentError(
-                f"{name} has shape {tuple(tensor.shape)}, logprobs {tuple(logprobs.shape)}; every input is [T]"
+                f"{name} has shape {tuple(tensor.shape)}, logprobs ({length},); every input is [T]"
             )
 
 
-def _require(objective: Objective, rollout: Tensor | None, reference: Tensor | None, entropies: Tensor | None) -> None:
-    for option, needed, given in (
-        ("truncated_importance_sampling", objective.truncated_importance_sampling is not None, rollout),
-        ("kl_coef", objective.kl_coef > 0, reference),
-        ("entropy_coef", objective.entropy_coef != 0, entropies),
-    ):
-        if needed and given is None:
-            name = {
-                "truncated_importance_sampling": "rollout_logprobs",
-                "kl_coef": "reference_logprobs",
-                "entropy_coef": "entropies",
-            }[option]
-            raise InvalidArgumentError(f"{option}={getattr(objective, option)} needs {name}")
+def _require(option: str, objective: Objective, given: Tensor | None, name: str) -> None:
+    value = getattr(objective, option)
+    if value and given is None:  # every option is None or 0 when it is off
+        raise InvalidArgumentError(f"{option}={value} needs {name}")
