@@ -1,7 +1,7 @@
 """From hidden states to the policy loss without the batch's logits: gradients in forward, by tiles of rows.
 
 Enters: last hidden states and the output head. Leaves: the policy loss, or logprobs (and entropies) with grad. Only one
-tile of logits exists at a time. For each tile the head's product is swept once for logprobs, `loss_of_rows` and
+tile of logits exists at a time. For each tile the head's product is swept once for logprobs, `loss_terms` and
 autograd over its vectors give d loss / d logprob, a second sweep turns the logits into their gradient, and two
 products take it to the hidden states and the weight: three products in all, where recomputing logits in backward
 takes four. The loss itself is defined in `policy_loss` alone.
@@ -9,7 +9,9 @@ takes four. The loss itself is defined in `policy_loss` alone.
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from fitrl.errors import InvalidArgumentError
 from fitrl.objective.linear_head import HeadGradients, LinearHead, compute_dtype, in_tiles, product, tiles
 from fitrl.objective.objective import Objective, PolicyLoss
-from fitrl.objective.policy_loss import TokenRows, added, loss_of_rows, token_rows
+from fitrl.objective.policy_loss import LossTerms, TokenRows, added, independent_of_other_rows, loss_terms, token_rows
 from fitrl.objective.rows import RowShape, RowStatistics, gradients_, scaled, statistics
 
 
@@ -114,41 +116,48 @@ def fused_linear_policy_loss(
             index = None if index is None else index.to(hidden.device, non_blocking=True)
         mask = mask.to(hidden.device, non_blocking=True).bool()
         _check_targets(targets, len(weight), mask)
-        rows = token_rows(
-            old_logprobs,
-            advantages,
-            mask,
-            trajectory_ids,
-            objective,
-            size=size,
-            dtype=_wide(hidden),
-            rollout_logprobs=rollout_logprobs,
-            reference_logprobs=reference_logprobs,
-            num_tokens=num_tokens,
-            num_sequences=num_sequences,
-            kl_mean=kl_mean,
-        )
         shape = _shape(hidden, targets, temperature, bias, softcap)
-        if index is None:
-            shape.targets = torch.where(mask, shape.targets, 0)
-            shape.temperature = torch.where(mask, shape.temperature, 1.0)
-        else:
-            rows = rows[index]
+        if index is not None:
             shape.targets = shape.targets.index_select(0, index)
             shape.temperature = shape.temperature.index_select(0, index)
+        elif not leave_out:
+            shape.targets = torch.where(mask, shape.targets, 0)
+            shape.temperature = torch.where(mask, shape.temperature, 1.0)
+
+    @functools.cache
+    def rows() -> TokenRows:
+        with torch.no_grad():
+            return token_rows(
+                old_logprobs,
+                advantages,
+                mask,
+                trajectory_ids,
+                objective,
+                size=size,
+                dtype=_wide(hidden),
+                rollout_logprobs=rollout_logprobs,
+                reference_logprobs=reference_logprobs,
+                num_tokens=num_tokens,
+                num_sequences=num_sequences,
+                kl_mean=kl_mean,
+                chosen=(slice(None) if index is None else index) if leave_out else None,
+            )
+
     job = _Job(
         rows=rows,
         shape=shape,
         objective=objective,
+        independent=independent_of_other_rows(objective, kl_mean=kl_mean),
         index=index,
-        mask=mask,
+        mask=None if leave_out else mask,
+        size=size,
         exact=exact_logits,
         with_entropies=with_entropies or objective.entropy_coef != 0,
         dtype=compute_dtype(hidden),
     )
     loss = in_tiles(
         lambda rows_per_tile: job.loss(hidden, weight, bias, rows_per_tile),
-        rows=len(rows.mask),
+        rows=len(job),
         rows_per_tile=rows_per_tile,
         vocabulary=len(weight),
         itemsize=job.itemsize,
@@ -243,21 +252,37 @@ def linear_logits(
 
 
 class _Job:
-    """One call of `fused_linear_policy_loss`, which may run again: with smaller tiles, or for a second backward."""
+    """One call of `fused_linear_policy_loss`, which may run again: with smaller tiles, or for a second backward.
+
+    Args:
+        rows: makes what the loss needs of the chosen rows, once; called when the first tile's logits are on their way.
+        shape: of the chosen rows.
+        objective: which loss.
+        independent: whether the rows may be cut.
+        index: [R] the chosen rows; None: all.
+        mask: [T] bool, rows to clean; None: none.
+        size: T.
+        exact: see `fused_linear_policy_loss`.
+        with_entropies: whether entropies are computed.
+        dtype: of the products.
+    """
 
     def __init__(
         self,
         *,
-        rows: TokenRows,
+        rows: Callable[[], TokenRows],
         shape: RowShape,
         objective: Objective,
+        independent: bool,
         index: Tensor | None,
-        mask: Tensor,
+        mask: Tensor | None,
+        size: int,
         exact: bool,
         with_entropies: bool,
         dtype: torch.dtype,
     ) -> None:
-        self.rows, self.shape, self.objective, self.index, self.mask = rows, shape, objective, index, mask
+        self.rows, self.shape, self.objective, self.independent = rows, shape, objective, independent
+        self.index, self.mask, self.size = index, mask, size
         self.exact, self.with_entropies, self.dtype = exact, with_entropies, dtype
         self.itemsize = 4 if exact and dtype.itemsize == 2 else dtype.itemsize
         self.rows_per_tile = 1
@@ -265,19 +290,23 @@ class _Job:
         self.logprobs: Tensor | None = None
         self.entropies: Tensor | None = None
 
+    def __len__(self) -> int:
+        return self.size if self.index is None else len(self.index)
+
     def loss(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows_per_tile: int) -> Tensor:
         """The loss with grad, and the rest of the results in the attributes."""
         self.rows_per_tile = rows_per_tile
         inputs = (hidden, weight) if bias is None else (hidden, weight, bias)
         trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-        if trains and (self.rows.independent or len(self.rows.mask) <= rows_per_tile):
+        if trains and (self.independent or len(self) <= rows_per_tile):
             return _GradientsInForward.apply(self, hidden, weight, bias)  # type: ignore[no-untyped-call, no-any-return]
         logprobs, entropies = _LinearLogprobs.apply(  # type: ignore[no-untyped-call]
             self.chosen(hidden), weight, bias, self.shape, rows_per_tile, self.exact, self.with_entropies
         )
-        result = loss_of_rows(logprobs, self.rows, self.objective, entropies if self.with_entropies else None)
-        self._keep(result, logprobs.detach(), entropies.detach() if self.with_entropies else None)
-        return result.loss
+        terms = loss_terms(logprobs, self.rows(), self.objective, entropies if self.with_entropies else None)
+        self.metrics, self.logprobs = terms.metrics(), logprobs.detach()
+        self.entropies = entropies.detach() if self.with_entropies else None
+        return terms.loss
 
     def gradients(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]
@@ -289,45 +318,40 @@ class _Job:
         found: list[RowStatistics] = []
         for tile in tiles(len(head), self.rows_per_tile) if len(head) else [slice(0, 0)]:
             logits, statistic = head.statistics(tile, with_entropies=self.with_entropies)
-            result, d_logprobs, d_entropies = _derivatives(statistic, self.rows[tile], self.objective)
+            terms, d_logprobs, d_entropies = _derivatives(statistic, self.rows()[tile], self.objective)
             if len(head):
                 gradients.add(tile, logits, statistic, d_logprobs, d_entropies)
-            metrics = added(metrics, result.metrics) if metrics else dict(result.metrics)
+            metrics = added(metrics, terms.metrics()) if metrics else terms.metrics()
             found.append(statistic)
-        self._keep(
-            PolicyLoss(loss=metrics["loss_train"], metrics=metrics),
-            torch.cat([statistic.logprobs for statistic in found]),
-            torch.cat([s.entropies for s in found if s.entropies is not None]) if self.with_entropies else None,
-        )
+        self.metrics, self.logprobs = metrics, torch.cat([statistic.logprobs for statistic in found])
+        if self.with_entropies:
+            self.entropies = torch.cat([statistic.entropies for statistic in found if statistic.entropies is not None])
         return metrics["loss_train"], gradients
 
     def chosen(self, hidden: Tensor) -> Tensor:
         """Hidden states of the rows that are computed, clean."""
-        if self.index is None:
-            return torch.where(self.mask[:, None], hidden, 0.0)
-        return hidden.index_select(0, self.index)
+        if self.index is not None:
+            return hidden.index_select(0, self.index)
+        return hidden if self.mask is None else torch.where(self.mask[:, None], hidden, 0.0)
 
     def given_back(self, d_hidden: Tensor) -> Tensor:
         """The gradient of the chosen rows as that of all."""
         if self.index is None:
             return d_hidden
-        return d_hidden.new_zeros((len(self.mask), d_hidden.shape[1])).index_copy_(0, self.index, d_hidden)
+        return d_hidden.new_zeros((self.size, d_hidden.shape[1])).index_copy_(0, self.index, d_hidden)
 
     def whole(self, values: Tensor | None) -> Tensor | None:
         """Values of the rows as those of all: NaN where there is none."""
         if values is None:
             return None
-        if self.index is None:
-            return torch.where(self.mask, values, torch.nan)
-        return values.new_full((len(self.mask),), torch.nan).index_copy_(0, self.index, values)
-
-    def _keep(self, result: PolicyLoss, logprobs: Tensor, entropies: Tensor | None) -> None:
-        self.metrics, self.logprobs, self.entropies = dict(result.metrics), logprobs, entropies
+        if self.index is not None:
+            return values.new_full((self.size,), torch.nan).index_copy_(0, self.index, values)
+        return values if self.mask is None else torch.where(self.mask, values, torch.nan)
 
 
 def _derivatives(
     found: RowStatistics, rows: TokenRows, objective: Objective
-) -> tuple[PolicyLoss, Tensor, Tensor | None]:
+) -> tuple[LossTerms, Tensor, Tensor | None]:
     """The loss of some rows, and its derivatives by their logprobs and entropies."""
     with torch.enable_grad():
         logprobs, entropies = found.logprobs.detach().requires_grad_(), found.entropies
@@ -335,9 +359,9 @@ def _derivatives(
         if entropies is not None and objective.entropy_coef:
             entropies = entropies.detach().requires_grad_()
             leaves.append(entropies)
-        result = loss_of_rows(logprobs, rows, objective, entropies)
-    d_logprobs, *d_entropies = torch.autograd.grad(result.loss, leaves)
-    return result, d_logprobs, d_entropies[0] if d_entropies else None
+        terms = loss_terms(logprobs, rows, objective, entropies)
+    d_logprobs, *d_entropies = torch.autograd.grad(terms.loss, leaves)
+    return terms, d_logprobs, d_entropies[0] if d_entropies else None
 
 
 class _GradientsInForward(torch.autograd.Function):
@@ -494,7 +518,10 @@ def _shape(
     *,
     size: int | None = None,
 ) -> RowShape:
-    scale = torch.as_tensor(temperature, dtype=_wide(like), device=like.device)
+    if isinstance(temperature, Tensor):
+        scale = temperature.to(like.device, _wide(like), non_blocking=True)
+    else:  # filled in by the device: a copy of a Python number would wait for it
+        scale = torch.full((), temperature, dtype=_wide(like), device=like.device)
     return RowShape(
         targets=targets.contiguous(),
         temperature=scale.expand(len(like) if size is None else size),

@@ -2,7 +2,7 @@
 
 Enters: logprobs of the new and the old policy, advantages, mask. Leaves: a scalar loss and raw metric sums. Comments
 number the steps in their order of application. `policy_loss` = `token_rows`, all that is known before the new logprobs,
-then `loss_of_rows`; the fused head calls the two itself, and the second one tile by tile.
+then `loss_terms`; the fused head calls the two itself, and the second one tile by tile.
 """
 
 from __future__ import annotations
@@ -75,47 +75,46 @@ def policy_loss(
         dtype=torch.float64 if logprobs.dtype == torch.float64 else torch.float32,
     )
     _check_shapes(len(logprobs), entropies=entropies)
-    return loss_of_rows(logprobs, rows, objective, entropies)
+    terms = loss_terms(logprobs, rows, objective, entropies)
+    return PolicyLoss(loss=terms.loss, metrics=terms.metrics())
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class TokenRows:
     """All that a token's loss needs besides its new logprob; made before the logits are.
 
-    The rows of a batch whose loss is `independent` may be cut into tiles: losses and metrics of the tiles add up.
+    Rows of an objective that is `independent_of_other_rows` may be cut into tiles: their losses and metrics add up.
 
     Attributes:
-        mask: [T] bool.
+        mask: [T] bool; None: all of them count.
         old_logprobs: [T] q, 0 where masked out, NaN where the policy as it is now is meant.
         advantages: [T], 0 where masked out.
-        weights: [T] what a token's loss is multiplied by in the sum over tokens (step 12); 0 where masked out.
+        weights: [T] or scalar, what a token's loss is multiplied by in the sum over tokens (step 12).
         trajectory_ids: [T] int64, 0 where masked out; None where trajectories do not matter.
         trajectory_lengths: [T] masked-in tokens of the token's trajectory, at least 1; None likewise.
         rollout_logprobs: [T] or None.
         reference_logprobs: [T], 0 where masked out, or None.
         kl_mean: scalar or None.
         size: T of the whole batch, above every trajectory id.
-        independent: whether a token's loss depends on no other token's new logprob.
     """
 
-    mask: Tensor
+    mask: Tensor | None
     old_logprobs: Tensor
     advantages: Tensor
-    weights: Tensor
+    weights: Tensor | float
     trajectory_ids: Tensor | None
     trajectory_lengths: Tensor | None
     rollout_logprobs: Tensor | None
     reference_logprobs: Tensor | None
     kl_mean: Tensor | float | None
     size: int
-    independent: bool
 
-    def __getitem__(self, rows: slice | Tensor) -> TokenRows:
-        """Some of the rows: a slice, or [R] int64 indices. What was counted over the batch stays as it is."""
+    def __getitem__(self, tile: slice) -> TokenRows:
+        """Some of the rows. What was counted over the batch stays as it is."""
         taken: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         for name, value in taken.items():
             if isinstance(value, Tensor) and value.dim() == 1:
-                taken[name] = value[rows] if isinstance(rows, slice) else value.index_select(0, rows)
+                taken[name] = value[tile]
         return TokenRows(**taken)
 
 
@@ -133,6 +132,7 @@ def token_rows(
     num_tokens: Tensor | float | None = None,
     num_sequences: Tensor | float | None = None,
     kl_mean: Tensor | float | None = None,
+    chosen: Tensor | slice | None = None,
 ) -> TokenRows:
     """Check and clean the inputs of `policy_loss` that are no function of the weights, and count the denominators.
 
@@ -149,6 +149,8 @@ def token_rows(
         num_tokens: global count.
         num_sequences: global count.
         kl_mean: of the call.
+        chosen: rows to go on with, none of them masked out: [R] int64, or a slice; None: all, masked-out ones cleaned.
+            Counts are those of all rows.
 
     Raises:
         InvalidArgumentError: shapes differ, or an input that the objective needs is missing.
@@ -166,8 +168,10 @@ def token_rows(
     _require("kl_coef", objective, reference_logprobs, "reference_logprobs")
     m = mask.bool()
 
-    def masked(values: Tensor) -> Tensor:
-        return torch.where(m, values.to(dtype), 0.0)
+    def take(values: Tensor) -> Tensor:
+        if chosen is None:
+            return torch.where(m, values, values.new_zeros(()))
+        return values[chosen] if isinstance(chosen, slice) else values.index_select(0, chosen)
 
     by_sequence = objective.importance_sampling_level != "token"
     mean_by_sequence = objective.loss_aggregation == "seq_mean_token_mean"
@@ -176,6 +180,7 @@ def token_rows(
     if by_sequence or mean_by_sequence or count_sequences:
         ids = torch.where(m, trajectory_ids, 0)
         counts = _per_trajectory(m.to(dtype), ids, size)
+        ids = take(trajectory_ids)
         lengths = counts.clamp(min=1.0)[ids]
         if count_sequences:
             num_sequences = (counts > 0).sum()
@@ -196,25 +201,72 @@ def token_rows(
         case "seq_mean_token_sum_norm":
             assert objective.norm_length is not None  # checked at construction
             divisor = _at_least_one(sequences) * objective.norm_length
-    in_advantage = objective.kl_coef > 0 and objective.kl_in == "advantage"
+    weights: Tensor | float = 1.0 / divisor
+    if chosen is None:
+        weights = m.to(dtype) * weights
     return TokenRows(
-        mask=m,
-        old_logprobs=masked(old_logprobs),
-        advantages=masked(advantages),
-        weights=m.to(dtype) / divisor,
+        mask=m if chosen is None else None,
+        old_logprobs=take(old_logprobs).to(dtype),
+        advantages=take(advantages).to(dtype),
+        weights=weights,
         trajectory_ids=ids if by_sequence else None,
         trajectory_lengths=lengths if by_sequence else None,
-        rollout_logprobs=None if objective.truncated_importance_sampling is None else rollout_logprobs,
-        reference_logprobs=None if reference_logprobs is None else masked(reference_logprobs),
+        rollout_logprobs=(
+            None
+            if rollout_logprobs is None or objective.truncated_importance_sampling is None
+            else take(rollout_logprobs).to(dtype)
+        ),
+        reference_logprobs=None if reference_logprobs is None else take(reference_logprobs).to(dtype),
         kl_mean=None if kl_mean is None else _as(kl_mean, dtype),
         size=size,
-        independent=not by_sequence and not (in_advantage and kl_mean is None),
     )
 
 
-def loss_of_rows(
-    logprobs: Tensor, rows: TokenRows, objective: Objective, entropies: Tensor | None = None
-) -> PolicyLoss:
+def independent_of_other_rows(objective: Objective, *, kl_mean: Tensor | float | None) -> bool:
+    """Whether a token's loss depends on no other token's new logprob."""
+    counts_kl = objective.kl_coef > 0 and objective.kl_in == "advantage" and kl_mean is None
+    return objective.importance_sampling_level == "token" and not counts_kl
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class LossTerms:
+    """The loss of some rows, and what its metrics are made of; they can wait until the gradient is on its way.
+
+    Attributes:
+        loss: scalar with grad.
+        parts: aggregated losses by name.
+        ratio: [T] without grad.
+        mask: [T] bool or None.
+        window: lowest and highest ratio that is not clipped.
+    """
+
+    loss: Tensor
+    parts: dict[str, Tensor]
+    ratio: Tensor
+    mask: Tensor | None
+    window: tuple[float, float]
+
+    @torch.no_grad()
+    def metrics(self) -> dict[str, Tensor]:
+        """Raw metrics, without grad; see `PolicyLoss`."""
+        low, high = self.window
+        m, ratio = self.mask, self.ratio
+        below, above = ratio < low, ratio > high
+        if m is not None:
+            below, above, ratio = below & m, above & m, torch.where(m, ratio, 0.0)
+        return {
+            **{name: value.detach() for name, value in self.parts.items()},
+            "loss_train": self.loss.detach(),
+            "token_count": torch.full_like(self.loss, len(ratio), dtype=torch.int64) if m is None else m.sum(),
+            "ratio_sum": ratio.sum(),
+            "ratio_square_sum": ratio.square().sum(),
+            "ratio_max": ratio.max() if ratio.numel() else ratio.sum(),
+            "clip_low_count": below.sum(),
+            "clip_high_count": above.sum(),
+        }
+
+
+def loss_terms(logprobs: Tensor, rows: TokenRows, objective: Objective, entropies: Tensor | None = None) -> LossTerms:
     """The definition, over rows that are cleaned and weighted: steps 3 to 12.
 
     Args:
@@ -227,9 +279,13 @@ def loss_of_rows(
         InvalidArgumentError: entropies are needed and missing.
     """
     _require("entropy_coef", objective, entropies, "entropies")
-    m, a, q, reference = rows.mask, rows.advantages, rows.old_logprobs, rows.reference_logprobs
-    dtype = rows.weights.dtype
-    p = torch.where(m, logprobs.to(dtype), 0.0)
+    a, q, reference = rows.advantages, rows.old_logprobs, rows.reference_logprobs
+    dtype = q.dtype
+
+    def kept(values: Tensor) -> Tensor:
+        return values if rows.mask is None else torch.where(rows.mask, values, 0.0)
+
+    p = kept(logprobs.to(dtype))
     q = torch.where(q.isnan(), p.detach(), q)
     d = (p - q).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
 
@@ -238,7 +294,8 @@ def loss_of_rows(
     if rows.trajectory_ids is None or rows.trajectory_lengths is None:
         ratio = rho
     else:
-        s = (_per_trajectory(d, rows.trajectory_ids, rows.size)[rows.trajectory_ids] / rows.trajectory_lengths).exp()
+        sums = _per_trajectory(d, rows.trajectory_ids, rows.size)[rows.trajectory_ids]
+        s = (sums / rows.trajectory_lengths).exp()
         if objective.importance_sampling_level == "sequence":
             ratio = s
         elif objective.importance_sampling_level == "average":
@@ -258,8 +315,9 @@ def loss_of_rows(
     if objective.kimi_k2_tau:
         a = a - objective.kimi_k2_tau * d.detach()
     if objective.kl_coef > 0 and objective.kl_in == "advantage" and reference is not None:
-        k1 = torch.where(m, q - reference, 0.0)
-        mean = k1.sum() / m.sum().clamp(min=1) if rows.kl_mean is None else rows.kl_mean
+        k1 = kept(q - reference)
+        count = len(k1) if rows.mask is None else rows.mask.sum()
+        mean = k1.sum() / _at_least_one(count) if rows.kl_mean is None else rows.kl_mean
         a = a + objective.kl_coef * (mean - k1)
 
     # 9. token policy loss
@@ -269,50 +327,39 @@ def loss_of_rows(
         if objective.dual_clip is not None:
             policy = torch.where(a < 0, torch.minimum(policy, -objective.dual_clip * a), policy)
     else:
-        policy = -clipped.detach() * a * p
+        policy = -(clipped.detach() * a) * p
     if objective.mask_prob_ratio:
         policy = torch.where((ratio > low) & (ratio < high), policy, 0.0)
 
     # 10. trainer against sampler
     if objective.truncated_importance_sampling is not None and rows.rollout_logprobs is not None:
-        o = rows.rollout_logprobs.to(dtype)
-        known = m & o.isfinite()
+        o = rows.rollout_logprobs
+        known = o.isfinite()
         gap = torch.where(known, q - o, 0.0).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
         weight = gap.exp().clamp(max=objective.truncated_importance_sampling)
         policy = policy * torch.where(known, weight, 1.0).detach()
 
     # 11. token loss, and 12. its weighted sum
     def aggregated(values: Tensor) -> Tensor:
-        return (torch.where(m, values, 0.0) * rows.weights).sum()
+        return (kept(values) * rows.weights).sum()
 
-    metrics = {"loss_policy": aggregated(policy)}
-    loss = metrics["loss_policy"]
+    parts = {"loss_policy": aggregated(policy)}
+    loss = parts["loss_policy"]
     if objective.kl_coef > 0 and objective.kl_in == "loss" and reference is not None:
         if objective.kl_estimator == "k3":
             gap = (reference - p).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
             kl = gap.exp() - gap - 1.0
         else:
             kl = (p - reference).square() / 2
-        metrics["loss_kl"] = aggregated(kl)
-        loss = loss + objective.kl_coef * metrics["loss_kl"]
+        parts["loss_kl"] = aggregated(kl)
+        loss = loss + objective.kl_coef * parts["loss_kl"]
     elif reference is not None:
-        metrics["loss_kl"] = aggregated(q - reference)
+        parts["loss_kl"] = aggregated(q - reference)
     if entropies is not None:
-        metrics["loss_entropy"] = aggregated(torch.where(m, entropies.to(dtype), 0.0))
+        parts["loss_entropy"] = aggregated(kept(entropies.to(dtype)))
         if objective.entropy_coef:
-            loss = loss - objective.entropy_coef * metrics["loss_entropy"]
-
-    observed = torch.where(m, ratio.detach(), 0.0)
-    metrics |= {
-        "loss_train": loss,
-        "token_count": m.sum(),
-        "ratio_sum": observed.sum(),
-        "ratio_square_sum": observed.square().sum(),
-        "ratio_max": observed.max() if observed.numel() else observed.sum(),
-        "clip_low_count": (m & (ratio < low)).sum(),
-        "clip_high_count": (m & (ratio > high)).sum(),
-    }
-    return PolicyLoss(loss=loss, metrics={name: value.detach() for name, value in metrics.items()})
+            loss = loss - objective.entropy_coef * parts["loss_entropy"]
+    return LossTerms(loss=loss, parts=parts, ratio=ratio.detach(), mask=rows.mask, window=(low, high))
 
 
 def added(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> dict[str, Tensor]:
