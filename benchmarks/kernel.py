@@ -563,7 +563,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     for shape, mode in dict.fromkeys((row["shape"], row["mode"]) for row in rows):
         lines += [
             f"\n## {shape}, {mode}\n",
-            "| variant | ms | of the limit | target | extra GiB | logprobs: max error | rms | d hidden | d weight | host ms |",
+            "| variant | ms | of the limit | target | extra GiB "
+            "| logprobs: max error | rms | d hidden | d weight | host ms |",
             "|---|---|---|---|---|---|---|---|---|---|",
         ]
         for row in rows:

@@ -1,10 +1,10 @@
 """From hidden states to the policy loss without the batch's logits: gradients in forward, by tiles of rows.
 
 Enters: last hidden states and the output head. Leaves: the policy loss, or logprobs (and entropies) with grad. Only one
-tile of logits exists at a time. For each tile the head's product is swept once for logprobs, `loss_terms` and
-autograd over its vectors give d loss / d logprob, a second sweep turns the logits into their gradient, and two
-products take it to the hidden states and the weight: three products in all, where recomputing logits in backward
-takes four. The loss itself is defined in `policy_loss` alone.
+tile of logits exists at a time. One sweep over it leaves logprobs, and the gradient of the logits up to a factor of
+each row; `loss_terms` and autograd over vectors give the factors, and two products take the gradient to the hidden
+states and the weight: three products in all, where computing the logits again in backward takes four. Entropies and
+float16 take a second sweep. The loss itself is defined in `policy_loss` alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fitrl.errors import InvalidArgumentError
 from fitrl.objective.linear_head import HeadGradients, LinearHead, compute_dtype, in_tiles, product, tiles
 from fitrl.objective.objective import Objective, PolicyLoss
 from fitrl.objective.policy_loss import LossTerms, TokenRows, added, independent_of_other_rows, loss_terms, token_rows
-from fitrl.objective.rows import RowShape, RowStatistics, gradients_, scaled, statistics
+from fitrl.objective.rows import RowShape, RowStatistics, gradients_, scaled, statistics, swept_
 
 
 def fused_linear_policy_loss(
@@ -317,10 +317,17 @@ class _Job:
         metrics: dict[str, Tensor] = {}
         found: list[RowStatistics] = []
         for tile in tiles(len(head), self.rows_per_tile) if len(head) else [slice(0, 0)]:
-            logits, statistic = head.statistics(tile, with_entropies=self.with_entropies)
-            terms, d_logprobs, d_entropies = _derivatives(statistic, self.rows()[tile], self.objective)
-            if len(head):
-                gradients.add(tile, logits, statistic, d_logprobs, d_entropies)
+            logits = head.logits(tile)
+            if head.one_sweep(with_entropies=self.with_entropies):
+                statistic, values, units = swept_(logits, self.shape[tile], self.dtype)
+                terms, d_logprobs, _ = _derivatives(statistic, self.rows()[tile], self.objective)
+                if len(head):
+                    gradients.add(tile, values, d_logprobs * units)
+            else:
+                statistic = statistics(logits, self.shape[tile], with_entropies=self.with_entropies)
+                terms, d_logprobs, d_entropies = _derivatives(statistic, self.rows()[tile], self.objective)
+                if len(head):
+                    gradients.add_rows(tile, logits, statistic, d_logprobs, d_entropies)
             metrics = added(metrics, terms.metrics()) if metrics else terms.metrics()
             found.append(statistic)
         self.metrics, self.logprobs = metrics, torch.cat([statistic.logprobs for statistic in found])
@@ -405,12 +412,17 @@ class _LinearLogprobs(torch.autograd.Function):
 
         def all_tiles(size: int) -> RowStatistics:
             head = LinearHead(hidden, weight, shape, exact=exact, dtype=dtype)
-            found = [head.statistics(tile, with_entropies=with_entropies)[1] for tile in tiles(len(head), size)]
+            found = [
+                statistics(head.logits(tile), shape[tile], with_entropies=with_entropies)
+                for tile in tiles(len(head), size)
+            ]
             empty = shape.temperature.new_empty(0)
             return RowStatistics(
                 lse=torch.cat([empty, *(s.lse for s in found)]),
                 logprobs=torch.cat([empty, *(s.logprobs for s in found)]),
-                entropies=torch.cat([empty, *(s.entropies for s in found if s.entropies is not None)]),
+                entropies=torch.cat([empty, *(s.entropies for s in found if s.entropies is not None)])
+                if with_entropies
+                else None,
             )
 
         ctx.tiling = {
@@ -421,10 +433,11 @@ class _LinearLogprobs(torch.autograd.Function):
             "device": hidden.device,
         }
         found = in_tiles(all_tiles, **ctx.tiling)
-        ctx.save_for_backward(hidden, weight, bias, found.lse, found.logprobs, found.entropies)
+        entropies = found.logprobs.new_empty(0) if found.entropies is None else found.entropies
+        ctx.save_for_backward(hidden, weight, bias, found.lse, found.logprobs, entropies)
         ctx.shape, ctx.exact, ctx.dtype, ctx.with_entropies = shape, exact, dtype, with_entropies
         ctx.set_materialize_grads(False)
-        return found.logprobs, found.entropies
+        return found.logprobs, entropies
 
     @staticmethod
     @once_differentiable
@@ -439,18 +452,18 @@ class _LinearLogprobs(torch.autograd.Function):
                 head, ctx.needs_input_grad[:3], size, hidden_dtype=hidden.dtype, weight_dtype=weight.dtype
             )
             for tile in tiles(len(head), size):
+                logits = head.logits(tile)
+                if head.one_sweep(with_entropies=d_entropies is not None):
+                    _, values, units = swept_(logits, ctx.shape[tile], ctx.dtype)
+                    gradients.add(tile, values, d_logprobs[tile] * units)
+                    continue
                 found = RowStatistics(
                     lse=lse[tile],
                     logprobs=logprobs[tile],
                     entropies=entropies[tile] if ctx.with_entropies else None,
                 )
-                gradients.add(
-                    tile,
-                    head.logits(tile),
-                    found,
-                    d_logprobs[tile],
-                    None if d_entropies is None else d_entropies[tile],
-                )
+                slope = None if d_entropies is None else d_entropies[tile]
+                gradients.add_rows(tile, logits, found, d_logprobs[tile], slope)
             return gradients
 
         found = in_tiles(all_tiles, **ctx.tiling)

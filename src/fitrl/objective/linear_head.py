@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fitrl.objective.rows import RowShape, RowStatistics, gradients_, statistics
+from fitrl.objective.rows import RowShape, RowStatistics, gradients_
 
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -53,6 +53,10 @@ class LinearHead:
     def __len__(self) -> int:
         return len(self.hidden)
 
+    def one_sweep(self, *, with_entropies: bool) -> bool:
+        """Whether `rows.swept_` does for these rows; an entropy's gradient is no multiple of its values."""
+        return not with_entropies and self.dtype != torch.float16
+
     def logits(self, tile: slice) -> Tensor:
         """Raw logits [R, V] of a tile, in the buffer that the next tile will take."""
         rows, columns = self.hidden[tile], len(self.weight)
@@ -61,11 +65,6 @@ class LinearHead:
             width = -(-columns // _ALIGNMENT) * _ALIGNMENT
             self._buffer = rows.new_empty((len(rows), width), dtype=self.logits_dtype)
         return product(rows, self.weight.t(), self.logits_dtype, out=self._buffer[: len(rows), :columns])
-
-    def statistics(self, tile: slice, *, with_entropies: bool) -> tuple[Tensor, RowStatistics]:
-        """Raw logits of a tile, and what a sweep over them finds."""
-        logits = self.logits(tile)
-        return logits, statistics(logits, self.shape[tile], with_entropies=with_entropies)
 
 
 class HeadGradients:
@@ -92,7 +91,7 @@ class HeadGradients:
         weight_dtype: torch.dtype,
     ) -> None:
         wide = torch.float64 if head.dtype == torch.float64 else torch.float32
-        self._head = head
+        self._head, self._wide = head, wide
         self._one_tile = len(head) <= rows_per_tile
         self._hidden_dtype = wide if head.dtype == torch.float16 else hidden_dtype
         self._weight_dtype = weight_dtype if self._one_tile and head.dtype != torch.float16 else wide
@@ -102,10 +101,22 @@ class HeadGradients:
         self.bias = like.new_zeros(len(head.weight), dtype=wide) if needs[2] else None
         self._needs_weight = needs[1]
 
-    def add(
+    def add(self, tile: slice, values: Tensor, factors: Tensor) -> None:
+        """Add a tile whose gradient of the logits is `factors[:, None] * values`; see `rows.swept_`."""
+        head = self._head
+        factors = factors[:, None]
+        if self.hidden is not None:
+            torch.mul(product(values, head.weight, self._wide), factors, out=self.hidden[tile])
+        if self._needs_weight:
+            rows = torch.mul(head.hidden[tile], factors, out=torch.empty_like(head.hidden[tile]))
+            self._add_to_weight(values.t(), rows)
+        if self.bias is not None:
+            self.bias += product(values.t(), factors.to(values.dtype), self._wide).squeeze(1)
+
+    def add_rows(
         self, tile: slice, logits: Tensor, found: RowStatistics, d_logprobs: Tensor, d_entropies: Tensor | None
     ) -> None:
-        """Add a tile, given its logits, which are overwritten, and d loss / d logprob and d loss / d entropy."""
+        """Add a tile given its logits, which are overwritten, and d loss / d logprob and d loss / d entropy."""
         head, shape = self._head, self._head.shape[tile]
         unit = None
         if head.dtype == torch.float16:
@@ -120,10 +131,10 @@ class HeadGradients:
         if self._needs_weight:
             self._add_to_weight(d_logits.t(), head.hidden[tile], unit)
         if self.bias is not None:
-            columns = d_logits.sum(dim=0, dtype=self.bias.dtype)
+            columns = d_logits.sum(dim=0, dtype=self._wide)
             self.bias += columns if unit is None else columns * unit
 
-    def _add_to_weight(self, left: Tensor, right: Tensor, unit: Tensor | None) -> None:
+    def _add_to_weight(self, left: Tensor, right: Tensor, unit: Tensor | None = None) -> None:
         if self.weight is None:
             self.weight = product(left, right, self._weight_dtype)
             if unit is not None:

@@ -87,6 +87,42 @@ def statistics(
     return RowStatistics(lse=lse, logprobs=logprobs, entropies=entropies)
 
 
+def swept_(logits: Tensor, shape: RowShape, dtype: torch.dtype) -> tuple[RowStatistics, Tensor, Tensor]:
+    """Statistics and the gradient up to a factor of each row, in one sweep; the logits are gone after it.
+
+    The gradient of a row's logits is `d loss / d logprob * unit * value`. The factor may be unknown until then,
+    and a product with the values takes it afterwards, or on its other side. A value is exp(z - shift), at the target
+    minus the sum of the others: no 1 - p is rounded to 16 bits where p is nearly 1.
+
+    Args:
+        logits: [T, V]; their storage may hold the result.
+        shape: of the rows.
+        dtype: of the values; that of the logits, or a narrower one, but not float16, whose exponent is too small.
+
+    Returns:
+        statistics without entropies, values [T, V], units [T].
+    """
+    if (kernels := _kernels(logits)) is not None:
+        values = _narrow(logits, dtype)
+        lse, logprobs, units = kernels.swept_(
+            logits, values, shape.targets, shape.temperature, shape.bias, shape.softcap
+        )
+        return RowStatistics(lse=lse, logprobs=logprobs, entropies=None), values, units
+    z, slope = _bent(logits, shape)
+    target = shape.targets[:, None]
+    shift = z.amax(dim=1, keepdim=True)
+    at_target = (z.gather(1, target) - shift).squeeze(1)
+    values = z.sub_(shift).exp_().scatter_(1, target, 0.0)
+    others = values.sum(dim=1)
+    whole = others + at_target.exp()
+    log_whole = whole.log()
+    values.scatter_(1, target, -others[:, None])
+    if slope is not None:
+        values *= slope
+    found = RowStatistics(lse=shift.squeeze(1) + log_whole, logprobs=at_target - log_whole, entropies=None)
+    return found, values.to(dtype), -1.0 / (whole * shape.temperature)
+
+
 def gradients_(
     logits: Tensor,
     shape: RowShape,
@@ -106,10 +142,7 @@ def gradients_(
         dtype: of the result; that of the logits, or a narrower one.
     """
     if (kernels := _kernels(logits)) is not None:
-        result = logits
-        if dtype != logits.dtype:
-            columns = logits.shape[1]
-            result = logits.as_strided((len(logits), logits.stride(0)), (logits.stride(0), 1)).view(dtype)[:, :columns]
+        result = _narrow(logits, dtype)
         kernels.gradients_(
             logits,
             result,
@@ -163,6 +196,14 @@ def _bent(logits: Tensor, shape: RowShape) -> tuple[Tensor, Tensor | None]:
         slope = 1.0 - bent.square()
         z = shape.softcap * bent
     return z / shape.temperature[:, None], slope
+
+
+def _narrow(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """A view of the logits' storage as a dtype of half the width: the first half of each row."""
+    if dtype == logits.dtype:
+        return logits
+    whole = logits.as_strided((len(logits), logits.stride(0)), (logits.stride(0), 1))
+    return whole.view(dtype)[:, : logits.shape[1]]
 
 
 def _kernels(tensor: Tensor) -> Any:

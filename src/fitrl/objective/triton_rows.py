@@ -13,10 +13,12 @@ from torch import Tensor
 
 # below any logit, and finite: a difference of two of them is 0, not NaN
 _LOWEST = tl.constexpr(-1e30)
+# how far above the shift a logit may be: exp(40) times 2^18 columns is far from the largest float32 and bfloat16
+_HEADROOM = tl.constexpr(40.0)
 
 
 @triton.jit
-def _bent(logits, bias, columns, inside, softcap, BIAS: tl.constexpr, SOFTCAP: tl.constexpr):  # type: ignore[no-untyped-def]
+def _bent(logits, bias, columns, inside, softcap, BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
     """Raw logits with bias and soft cap, and the slope of the cap."""
     values = logits.to(tl.float32)
     if BIAS:
@@ -31,7 +33,7 @@ def _bent(logits, bias, columns, inside, softcap, BIAS: tl.constexpr, SOFTCAP: t
 
 
 @triton.jit
-def _statistics_kernel(  # type: ignore[no-untyped-def]
+def _statistics_kernel(
     logits,
     row_stride,
     rows,
@@ -90,7 +92,76 @@ def _statistics_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _gradients_kernel(  # type: ignore[no-untyped-def]
+def _swept_kernel(
+    logits,
+    row_stride,
+    result,
+    result_stride,
+    targets,
+    temperature,
+    temperature_stride,
+    bias,
+    softcap,
+    lse,
+    logprobs,
+    units,
+    vocabulary,
+    BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    NARROW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program a row: logits become exp(z - shift), less their sum at the target, and the statistics fall out.
+
+    The shift is a guess at the largest logit. A logit far above it makes a new one, and what was written is scaled.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    source = logits + row * row_stride
+    drain = result + row * result_stride
+    warmth = tl.load(temperature + row * temperature_stride).to(tl.float32)
+    scale = 1.0 / warmth
+    target = tl.load(targets + row)
+    known = (target >= 0) & (target < vocabulary)
+    chosen = tl.load(source + target, mask=known, other=float("nan"))
+    at_target, slope_at_target = _bent(chosen, bias, target, known, softcap, BIAS, SOFTCAP)
+    at_target *= scale
+    shift = tl.maximum(at_target, _LOWEST)
+    rest = tl.zeros((BLOCK,), tl.float32)
+    tl.debug_barrier()  # the target's logit is read before it is overwritten
+    for start in range(0, vocabulary, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < vocabulary
+        raw = tl.load(source + columns, mask=inside, other=0.0)
+        z, slope = _bent(raw, bias, columns, inside, softcap, BIAS, SOFTCAP)
+        z = tl.where(inside & (columns != target), z * scale, -float("inf"))
+        top = tl.max(z, axis=0)
+        if top > shift + _HEADROOM:
+            shrink = tl.exp(shift - top)
+            tl.debug_barrier()
+            for before in range(0, start, BLOCK):
+                done = before + tl.arange(0, BLOCK)
+                written = tl.load(drain + done).to(tl.float32)
+                tl.store(drain + done, (written * shrink).to(result.dtype.element_ty))
+            tl.debug_barrier()
+            rest *= shrink
+            shift = top
+        weight = tl.exp(z - shift)
+        rest += weight
+        if NARROW:  # a narrower result lies over the row's first half: all read before any writes
+            tl.debug_barrier()
+        tl.store(drain + columns, (weight * slope).to(result.dtype.element_ty), mask=inside)
+    others = tl.sum(rest, axis=0)
+    whole = others + tl.exp(at_target - shift)
+    log_whole = tl.log(whole)
+    tl.store(lse + row, shift + log_whole)
+    tl.store(logprobs + row, (at_target - shift) - log_whole)
+    tl.store(units + row, -1.0 / (whole * warmth))
+    tl.debug_barrier()  # the loop wrote 0 there
+    tl.store(drain + target, (-others * slope_at_target).to(result.dtype.element_ty), mask=known)
+
+
+@triton.jit
+def _gradients_kernel(
     logits,
     row_stride,
     result,
@@ -143,7 +214,7 @@ def _gradients_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _scale_kernel(source, result, factor, size, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _scale_kernel(source, result, factor, size, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
     """Multiply by a scalar that only the device knows; in place, a factor of 1 costs nothing."""
     by = tl.load(factor).to(tl.float32)
     if (not IN_PLACE) or by != 1.0:
@@ -193,6 +264,42 @@ def statistics(
             num_warps=warps,
         )
     return lse, logprobs, entropies
+
+
+def swept_(
+    logits: Tensor,
+    result: Tensor,
+    targets: Tensor,
+    temperature: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the one sweep; returns log-sum-exp, logprobs and units, see `rows.swept_`."""
+    size, vocabulary = logits.shape
+    lse, logprobs, units = (torch.empty(size, dtype=torch.float32, device=logits.device) for _ in range(3))
+    block, warps = _block(vocabulary, logits.element_size())
+    if size:
+        _swept_kernel[(size,)](
+            logits,
+            logits.stride(0),
+            result,
+            result.stride(0),
+            targets,
+            temperature,
+            temperature.stride(0),
+            bias,
+            softcap or 1.0,
+            lse,
+            logprobs,
+            units,
+            vocabulary,
+            BIAS=bias is not None,
+            SOFTCAP=softcap is not None,
+            NARROW=result.element_size() < logits.element_size(),
+            BLOCK=block,
+            num_warps=warps,
+        )
+    return lse, logprobs, units
 
 
 def gradients_(
