@@ -506,12 +506,13 @@ class _LogitsLogprobs(torch.autograd.Function):
             d_entropies = None if d_entropies is None else spread(d_entropies, 0.0)
             entropies = spread(entropies, 0.0) if ctx.with_entropies else entropies
         raw = _unit_stride(logits.detach())
-        if ctx.in_place:
-            torch.autograd.graph.increment_version(logits)
-        elif raw.data_ptr() == logits.data_ptr():
+        if not ctx.in_place and raw.data_ptr() == logits.data_ptr():
             raw = raw.clone()
         found = RowStatistics(lse=lse, logprobs=logprobs, entropies=entropies if ctx.with_entropies else None)
-        return gradients_(raw, shape, found, d_logprobs, d_entropies, logits.dtype), *[None] * 4
+        d_logits = gradients_(raw, shape, found, d_logprobs, d_entropies, logits.dtype)
+        if d_logits.data_ptr() == logits.data_ptr():
+            torch.autograd.graph.increment_version(logits)
+        return d_logits, *[None] * 4
 
 
 def _unit_stride(logits: Tensor) -> Tensor:

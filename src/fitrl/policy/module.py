@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fitrl.data.batch import Batch
 from fitrl.errors import InvalidArgumentError, UnsupportedError
-from fitrl.objective.fused_linear import fused_linear_policy_loss, linear_logprobs
+from fitrl.objective.fused_linear import fused_linear_policy_loss, linear_logprobs, logits_logprobs
 from fitrl.objective.objective import CustomObjective, LossInputs, Objective, PolicyLoss
 from fitrl.objective.policy_loss import policy_loss
 from fitrl.policy.loading import Policy, load_policy, trained_state
@@ -149,12 +149,11 @@ class PolicyModule(lightning.LightningModule):
                 temperature=targets.temperature,
                 softcap=policy.softcap,
                 exact_logits=True,
+                leave_out=False,  # packing did that, and nothing here may wait for the device
                 kl_mean=targets.kl_mean,
                 **common,
             )
-        log_probs = self._logit_rows(batch).log_softmax(dim=1)
-        logprobs = log_probs.gather(1, targets.targets[:, None]).squeeze(1)
-        entropies = -(log_probs.exp() * log_probs).sum(dim=1) if objective.entropy_coef else None
+        logprobs, entropies = self._logprobs_of_logits(batch, policy, with_entropies=objective.entropy_coef != 0)
         result = policy_loss(logprobs, *fixed, entropies=entropies, kl_mean=targets.kl_mean, **common)
         return PolicyLoss(loss=result.loss, metrics=result.metrics, logprobs=logprobs.detach())
 
@@ -230,8 +229,7 @@ class PolicyModule(lightning.LightningModule):
         policy = policy or self.policy
         targets = batch.loss_inputs
         if not policy.has_linear_head:
-            log_probs = self._logit_rows(batch, policy).log_softmax(dim=1)
-            return log_probs.gather(1, targets.targets[:, None]).squeeze(1)
+            return self._logprobs_of_logits(batch, policy)[0]
         weight, bias = policy.head
         return linear_logprobs(
             self._hidden_rows(batch, policy),
@@ -243,6 +241,22 @@ class PolicyModule(lightning.LightningModule):
             rows_per_tile=rows_per_tile,
             exact_logits=True,
         )[0]
+
+    def _logprobs_of_logits(
+        self, batch: Batch, policy: Policy, *, with_entropies: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logprobs [R] and entropies of a model whose head cannot be taken apart; the logits are used up."""
+        inputs, targets = batch.model_inputs, batch.loss_inputs
+        logits: Tensor = policy.full_logits(inputs.input_ids, inputs.position_ids).logits
+        saved_by_model = hasattr(logits.grad_fn, "_saved_result")  # its last operation's backward reads its own result
+        return logits_logprobs(
+            logits.flatten(0, 1),
+            targets.targets,
+            temperature=targets.temperature,
+            rows=targets.rows,
+            with_entropies=with_entropies,
+            in_place=not saved_by_model,
+        )
 
     def observe(self, metrics: dict[str, float]) -> None:
         """Take host-side metrics of the running epoch; several are averaged."""
