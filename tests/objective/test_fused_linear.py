@@ -881,6 +881,17 @@ def test_linear_logits_are_not_rounded(dtype: torch.dtype, softcap: float | None
         ({"temperature": torch.ones(TOKENS, 1)}, "temperature"),
         ({"rows_per_tile": 0}, "rows_per_tile.*0"),
         ({"rows_per_tile": -3}, "rows_per_tile.*-3"),
+        ({"targets": torch.full((TOKENS,), VOCABULARY)}, r"targets\[\d+\] is 17.*17 tokens"),
+        ({"targets": torch.full((TOKENS,), -1)}, r"targets\[\d+\] is -1"),
+        ({"softcap": 0.0}, "softcap.*0.0"),
+        ({"softcap": -1.0}, "softcap.*-1.0"),
+        ({"temperature": 0.0}, "temperature.*0.0"),
+        ({"temperature": -1.0}, "temperature.*-1.0"),
+        ({"temperature": torch.ones(TOKENS, requires_grad=True)}, "temperature requires grad"),
+        ({"bias": torch.zeros(VOCABULARY, dtype=torch.int64)}, "bias.*int64"),
+        ({"weight": torch.zeros(VOCABULARY, WIDTH, device="meta")}, "weight is on meta"),
+        ({"bias": torch.zeros(VOCABULARY, device="meta")}, "bias is on meta"),
+        ({"targets": torch.zeros(TOKENS, dtype=torch.int64, device="meta")}, "targets are on meta"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -903,6 +914,84 @@ def test_wrong_shapes_of_the_rest_are_named(head: dict[str, Tensor], batch: dict
     for wrong in (batch[name][:3], batch[name][:1], batch[name][0], batch[name][:, None]):
         with pytest.raises(InvalidArgumentError, match=name):
             fused_linear_policy_loss(**head, **{**batch, name: wrong}, objective=Objective())
+
+
+@pytest.mark.parametrize("name", ["old_logprobs", "advantages", "rollout_logprobs", "reference_logprobs"])
+def test_what_gets_no_gradient_must_not_ask_for_one(
+    head: dict[str, Tensor], batch: dict[str, Tensor], name: str
+) -> None:
+    batch[name].requires_grad_()
+    with pytest.raises(InvalidArgumentError, match=f"{name} requires grad"):
+        fused_linear_policy_loss(**head, **batch, objective=Objective())
+
+
+@pytest.mark.parametrize("name", ["old_logprobs", "advantages", "trajectory_ids", "rollout_logprobs"])
+def test_other_devices_are_named(head: dict[str, Tensor], batch: dict[str, Tensor], name: str) -> None:
+    batch[name] = batch[name].to("meta")
+    with pytest.raises(InvalidArgumentError, match=f"{name} is on meta"):
+        fused_linear_policy_loss(**head, **batch, objective=Objective())
+
+
+def test_trajectory_ids_are_int64(head: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
+    batch["trajectory_ids"] = batch["trajectory_ids"].int()
+    with pytest.raises(InvalidArgumentError, match="trajectory_ids.*int32"):
+        fused_linear_policy_loss(**head, **batch, objective=Objective())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"logits": torch.zeros(3)}, r"logits must be \[N, V\]"),
+        ({"logits": torch.zeros(3, 4, dtype=torch.int64)}, "int64"),
+        ({"targets": torch.zeros(2, dtype=torch.int64)}, "targets"),
+        ({"targets": torch.full((3,), 4)}, r"targets\[0\] is 4"),
+        ({"temperature": torch.ones(2)}, "temperature"),
+        ({"rows": torch.tensor([1, 0])}, "targets"),
+    ],
+)
+def test_logits_that_do_not_fit(changes: dict[str, Any], words: str) -> None:
+    given = {"logits": torch.zeros(3, 4), "targets": torch.zeros(3, dtype=torch.int64), **changes}
+    with pytest.raises(InvalidArgumentError, match=words):
+        logits_logprobs(**given)
+
+
+# -- in company ---------------------------------------------------------------------------------------------------
+
+
+def test_beside_a_compiled_layer(head: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
+    layer = torch.nn.Linear(WIDTH, WIDTH).double()
+    compiled = torch.compile(layer, backend="aot_eager")
+    grads = []
+    for module in (layer, compiled):
+        loss = fused_linear_policy_loss(
+            **{**head, "hidden": torch.tanh(module(head["hidden"]))}, **batch, objective=OBJECTIVES["all"]
+        ).loss
+        grads.append(torch.autograd.grad(loss, [*layer.parameters(), *head.values()]))
+    assert_close(grads[1], grads[0])
+
+
+def test_under_ddp(batch: dict[str, Tensor], tmp_path: Any) -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(WIDTH, WIDTH).double()
+            self.weight = torch.nn.Parameter(make_head()["weight"].detach())
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            hidden = self.layer(inputs)
+            result = fused_linear_policy_loss(hidden, self.weight, **batch, objective=Objective(), rows_per_tile=4)
+            return result.loss
+
+    model, inputs = Model(), make_head()["hidden"].detach()
+    wanted = torch.autograd.grad(model(inputs), list(model.parameters()))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        ddp = torch.nn.parallel.DistributedDataParallel(model)
+        for _ in range(2):
+            ddp(inputs).backward()  # a weight without a gradient would be an error in the second
+        assert_close([p.grad / 2 for p in model.parameters()], list(wanted))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(
