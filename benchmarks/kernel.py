@@ -19,7 +19,7 @@ import statistics
 import sys
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -48,7 +48,7 @@ TARGETS = {
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Case:
-    """Inputs of one shape and mode; logits have a standard deviation of 2, half of a batch is masked in runs of 256."""
+    """Inputs of one shape and mode; logits have a standard deviation of 1, half of a batch is masked in runs of 256."""
 
     hidden: Tensor  # [T, H] bf16, leaf
     weight: Tensor  # [V, H] bf16, leaf or frozen
@@ -71,7 +71,7 @@ def make_case(tokens: int, width: int, vocabulary: int, mode: str, *, seed: int 
         return torch.randn(shape, generator=generator, device="cuda", dtype=dtype)
 
     hidden = normal(tokens, width, dtype=torch.bfloat16)
-    weight = normal(vocabulary, width, dtype=torch.bfloat16) * (2.0 / width**0.5)
+    weight = normal(vocabulary, width, dtype=torch.bfloat16) * width**-0.5
     targets = torch.randint(vocabulary, (tokens,), generator=generator, device="cuda")
     position = torch.arange(tokens, device="cuda")
     mask = position % 512 >= 256 if mode == "half masked" else torch.ones(tokens, dtype=torch.bool, device="cuda")
@@ -177,6 +177,7 @@ def compiled() -> Variant:
 def trl() -> Variant:
     """TRL's chunked logprobs, with the chunk size of its trainer."""
     function = importlib.import_module("trl.kernels.chunked_logprob").ChunkedLogProbFunction
+    importlib.import_module("trl.trainer.utils")  # its backward imports it
 
     def run(case: Case) -> tuple[Tensor, Tensor]:
         hidden, targets, back = selected(case)
@@ -367,14 +368,13 @@ def measure(case: Case, variant: Variant, name: str, clock: Clock, repeats: int)
         if case.d_weight is not None:
             row["d_weight_error"] = relative_error(case.weight.grad, case.d_weight)
     del logprobs
-    row |= clock(run, repeats=repeats)
+    row |= clock(run, repeats=repeats, budget_ms=3000 if name.startswith("fitrl") else 1000)
     case.hidden.grad = case.weight.grad = None
     return row
 
 
-def measure_shape(shape: str, args: argparse.Namespace, clock: Clock) -> list[dict[str, Any]]:
-    """All modes and variants of a shape."""
-    rows = []
+def measure_shape(shape: str, args: argparse.Namespace, clock: Clock) -> Iterator[list[dict[str, Any]]]:
+    """All variants of a shape, mode by mode."""
     variants: dict[str, Variant | str] = {}
     for name in args.variants:
         try:
@@ -382,6 +382,7 @@ def measure_shape(shape: str, args: argparse.Namespace, clock: Clock) -> list[di
         except (ImportError, AttributeError, OSError) as error:
             variants[name] = f"not installed ({error})"
     for mode in args.modes:
+        rows: list[dict[str, Any]] = []
         case = make_case(*map(int, shape.split("x")), mode)
         limit = products(case, clock, args.repeats)
         for name, variant in variants.items():
@@ -406,7 +407,7 @@ def measure_shape(shape: str, args: argparse.Namespace, clock: Clock) -> list[di
             {"shape": shape, "mode": mode, "variant": "products alone", **limit, "ms": limit_ms, "again": again["ms"]}
         )
         for row in rows:
-            if row["shape"] == shape and row["mode"] == mode and "ms" in row:
+            if "ms" in row:
                 row["of_products"] = row["ms"] / limit_ms
         print(shape, mode, "products", limit["ms"], again["ms"], flush=True)
         if mode == "full" and args.scores:
@@ -414,8 +415,8 @@ def measure_shape(shape: str, args: argparse.Namespace, clock: Clock) -> list[di
         del case
         gc.collect()
         torch.cuda.empty_cache()
+        yield rows
     torch._dynamo.reset()
-    return rows
 
 
 def measure_scores(shape: str, case: Case, clock: Clock, repeats: int) -> list[dict[str, Any]]:
@@ -622,12 +623,12 @@ def main() -> None:
         )
         (args.output / "kernel.md").write_text(f"# The fused policy loss on one GPU\n{table(rows)}\n\n{about}\n")
 
-    for shape in args.shapes:
-        rows += measure_shape(shape, args, clock)
-        write()
-    if args.logits:
+    if args.logits:  # first: a peer that is imported later changes settings of torch.compile
         rows += measure_logits_given(clock, args.repeats)
-    write()
+    for shape in args.shapes:
+        for part in measure_shape(shape, args, clock):
+            rows += part
+            write()
     print(table(rows))
 
 
