@@ -233,14 +233,14 @@ def liger_grpo() -> Variant:
 
 def verl() -> Variant:
     """The Triton linear cross-entropy of verl, imported beside its __init__, which wants a whole cluster's stack."""
-    spec = importlib.util.find_spec("verl")
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError("No module named 'verl'")
-    root = spec.submodule_search_locations[0]
-    for name in ("verl", "verl.utils", "verl.utils.kernel"):
-        package = types.ModuleType(name)
-        package.__path__ = [str(Path(root, *name.split(".")[1:]))]
-        sys.modules[name] = package
+    if "verl" not in sys.modules:
+        spec = importlib.util.find_spec("verl")
+        if spec is None or not spec.submodule_search_locations:
+            raise ModuleNotFoundError("No module named 'verl'")
+        for name in ("verl", "verl.utils", "verl.utils.kernel"):
+            package = types.ModuleType(name)
+            package.__path__ = [str(Path(spec.submodule_search_locations[0], *name.split(".")[1:]))]
+            sys.modules[name] = package
     function = importlib.import_module("verl.utils.kernel.linear_cross_entropy").linear_cross_entropy
 
     def run(case: Case) -> tuple[Tensor, Tensor]:
@@ -380,7 +380,8 @@ def measure_shape(shape: str, args: argparse.Namespace, clock: Clock) -> Iterato
         try:
             variants[name] = VARIANTS[name]()
         except (ImportError, AttributeError, OSError) as error:
-            variants[name] = f"not installed ({error})"
+            print(name, error, flush=True)
+            variants[name] = "not installed"
     for mode in args.modes:
         rows: list[dict[str, Any]] = []
         case = make_case(*map(int, shape.split("x")), mode)
@@ -510,7 +511,8 @@ def measure_logits_given(clock: Clock, repeats: int) -> list[dict[str, Any]]:
 
         variants["Liger Triton GRPO, in place"] = liger_loss
     except ImportError as error:
-        variants["Liger Triton GRPO, in place"] = f"not installed ({error})"
+        print(error, flush=True)
+        variants["Liger Triton GRPO, in place"] = "not installed"
     rows: list[dict[str, Any]] = [
         {"shape": "4x1024x151936 logits", "mode": "given", "variant": "read + read + write at copy speed", "ms": floor}
     ]

@@ -947,6 +947,8 @@ def test_trajectory_ids_are_int64(head: dict[str, Tensor], batch: dict[str, Tens
         ({"targets": torch.full((3,), 4)}, r"targets\[0\] is 4"),
         ({"temperature": torch.ones(2)}, "temperature"),
         ({"rows": torch.tensor([1, 0])}, "targets"),
+        ({"rows": torch.tensor([1, 0, 2], dtype=torch.int32)}, "rows.*int32"),
+        ({"rows": torch.tensor([[1, 0, 2]])}, r"rows.*\(1, 3\)"),
     ],
 )
 def test_logits_that_do_not_fit(changes: dict[str, Any], words: str) -> None:

@@ -228,6 +228,12 @@ def logits_logprobs(
     """
     if logits.dim() != 2 or not logits.is_floating_point():
         raise InvalidArgumentError(f"logits must be [N, V] floating point, got {tuple(logits.shape)} {logits.dtype}")
+    if rows is not None:
+        if rows.dim() != 1 or rows.dtype != torch.int64 or rows.device != logits.device:
+            raise InvalidArgumentError(
+                f"rows must be [T] int64 on {logits.device}, got {tuple(rows.shape)} {rows.dtype} on {rows.device}"
+            )
+        rows = rows.contiguous()
     size = len(logits) if rows is None else len(rows)
     _check_rows(logits, targets, temperature, size)
     _check_targets(targets, logits.shape[1], None)

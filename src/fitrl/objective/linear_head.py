@@ -150,6 +150,8 @@ class HeadGradients:
 def product(left: Tensor, right: Tensor, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
     """`left @ right`, accumulated in float32 or wider, rounded once, to `dtype`; autocast has no say in it."""
     device = left.device.type
+    if not left.shape[0]:
+        return left.new_empty((0, right.shape[1]), dtype=dtype) if out is None else out
     with torch.autocast(device, enabled=False):
         if device == "cpu" and left.dtype in (torch.bfloat16, torch.float16):
             found = (left.float() @ right.float()).to(dtype)
@@ -200,7 +202,7 @@ def in_tiles(
         device: of the logits.
     """
     of_row = max(1, vocabulary * itemsize)
-    allowed = _TILE_BYTES.get(device.type, _TILE_BYTES["cuda"]) if rows_per_tile is None else rows_per_tile * of_row
+    allowed = _TILE_BYTES.get(device.type, _TILE_BYTES["cpu"]) if rows_per_tile is None else rows_per_tile * of_row
     most = max(1, min(allowed, _FITTING.get(device, allowed)) // of_row)
     size = most
     if rows_per_tile is None and rows > most:

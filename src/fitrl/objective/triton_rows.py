@@ -6,6 +6,9 @@ row, or the gradient of the logits in the storage of the logits. Import only whe
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -241,7 +244,9 @@ def statistics(
     entropies = torch.empty_like(lse) if with_entropies else None
     vocabulary = logits.shape[1]
     lanes, depth, warps = _sweep(vocabulary, logits.element_size())
-    if size:
+    if not size:
+        return lse, logprobs, entropies
+    with _device_of(logits):
         _statistics_kernel[(size,)](
             logits,
             logits.stride(0),
@@ -278,7 +283,9 @@ def swept_(
     size, vocabulary = logits.shape
     lse, logprobs, units = (torch.empty(size, dtype=torch.float32, device=logits.device) for _ in range(3))
     block = min(2048, max(32, triton.next_power_of_2(vocabulary)))  # measured on an H100
-    if size:
+    if not size:
+        return lse, logprobs, units
+    with _device_of(logits):
         _swept_kernel[(size,)](
             logits,
             logits.stride(0),
@@ -317,7 +324,9 @@ def gradients_(
     """Launch the gradient; `result` is the logits, or a view of their storage with a narrower dtype."""
     size, vocabulary = logits.shape
     block, warps = _block(vocabulary, logits.element_size())
-    if size:
+    if not size:
+        return
+    with _device_of(logits):
         _gradients_kernel[(size,)](
             logits,
             logits.stride(0),
@@ -346,10 +355,17 @@ def scale(source: Tensor, factor: Tensor, result: Tensor) -> None:
     """Write `source * factor` to `result`, which may be the source."""
     size = source.numel()
     block = 4096
-    if size:
+    if not size:
+        return
+    with _device_of(source):
         _scale_kernel[(min(triton.cdiv(size, block), 132 * 16),)](
             source, result, factor, size, IN_PLACE=source.data_ptr() == result.data_ptr(), BLOCK=block, num_warps=8
         )
+
+
+def _device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Launch where the tensor is, whichever device is the current one; the interpreter has none."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def _sweep(vocabulary: int, itemsize: int) -> tuple[int, int, int]:

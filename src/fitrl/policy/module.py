@@ -25,6 +25,12 @@ from fitrl.policy.loading import Policy, load_policy, trained_state
 from fitrl.policy.metrics import CallTotals, derive, mismatch
 from fitrl.policy.model import TrainableModel
 
+# operations that end a model and whose backward does not read what they returned: the gradient may take its place
+_KEEP_NO_RESULT = (
+    *("AddmmBackward0", "MmBackward0", "UnsafeViewBackward0", "AddBackward0"),
+    *("MulBackward0", "DivBackward0", "ToCopyBackward0"),
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdamWSettings:
@@ -248,14 +254,14 @@ class PolicyModule(lightning.LightningModule):
         """Logprobs [R] and entropies of a model whose head cannot be taken apart; the logits are used up."""
         inputs, targets = batch.model_inputs, batch.loss_inputs
         logits: Tensor = policy.full_logits(inputs.input_ids, inputs.position_ids).logits
-        saved_by_model = hasattr(logits.grad_fn, "_saved_result")  # its last operation's backward reads its own result
+        maker = logits.grad_fn
         return logits_logprobs(
             logits.flatten(0, 1),
             targets.targets,
             temperature=targets.temperature,
             rows=targets.rows,
             with_entropies=with_entropies,
-            in_place=not saved_by_model,
+            in_place=maker is not None and maker.name() in _KEEP_NO_RESULT,
         )
 
     def observe(self, metrics: dict[str, float]) -> None:
