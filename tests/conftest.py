@@ -1,4 +1,4 @@
-"""Fixtures of all tests: one thread, the bundled policy, and a check that a test leaves nothing behind.
+"""Fixtures of all tests: one thread, the bundled policy, and a check that no test leaves anything behind.
 
 Without a GPU the Triton kernels run in Triton's interpreter, which has to be chosen before Triton is first imported.
 """
@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
+import tempfile
 import threading
 from collections.abc import Iterator
 
+import psutil
 import pytest
 import torch
 
@@ -42,7 +45,9 @@ _ALLOWED_ENVIRONMENT = {
     "TRITON_CACHE_DIR",
     "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR",
 }
-_THREAD_GRACE_S = 5.0
+# threads that libraries keep for the life of the process, once they are first used
+_ALLOWED_THREADS = ("tqdm_monitor", "InductorSubproc", "pin_memory")
+_GRACE_S = 5.0
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -52,11 +57,15 @@ def one_thread() -> None:
 
 
 @pytest.fixture(autouse=True)
-def nothing_left_behind() -> Iterator[None]:
-    """Fail a test that leaves an environment variable changed or a non-daemon thread running."""
+def nothing_left_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Fail a test that leaves anything: environment, threads, processes, ports, process groups, temporary files."""
+    scratch = tmp_path_factory.mktemp("scratch")
+    outer = tempfile.tempdir
+    tempfile.tempdir = str(scratch)
     environment = dict(os.environ)
     threads = set(threading.enumerate())
     yield
+    tempfile.tempdir = outer
     changed = {
         name
         for name in environment.keys() | os.environ.keys()
@@ -67,12 +76,32 @@ def nothing_left_behind() -> Iterator[None]:
             os.environ[name] = environment[name]
         else:
             del os.environ[name]
-    left = [thread for thread in threading.enumerate() if thread not in threads and not thread.daemon]
+    left = [
+        thread
+        for thread in threading.enumerate()
+        if thread not in threads and not thread.name.startswith(_ALLOWED_THREADS)
+    ]
     for thread in left:
-        thread.join(_THREAD_GRACE_S)  # one that is about to end may do so
+        thread.join(_GRACE_S)  # one that is about to end may do so
     running = [thread.name for thread in left if thread.is_alive()]
+    me = psutil.Process()
+    children = [child for child in me.children(recursive=True) if "compile_worker" not in " ".join(child.cmdline())]
+    _, alive = psutil.wait_procs(children, timeout=_GRACE_S)
+    processes = [" ".join(child.cmdline()) for child in alive]
+    for child in alive:
+        child.kill()
+    listening = [str(link.laddr) for link in me.net_connections() if link.status == psutil.CONN_LISTEN]
+    connected = torch.distributed.is_initialized()
+    if connected:
+        torch.distributed.destroy_process_group()
+    files = sorted(path.name for path in scratch.iterdir() if not path.name.startswith("torchinductor"))
+    shutil.rmtree(scratch)
     assert not changed, f"the test changed environment variables: {sorted(changed)}"
     assert not running, f"the test left threads running: {running}"
+    assert not processes, f"the test left processes running: {processes}"
+    assert not listening, f"the test left ports open: {listening}"
+    assert not connected, "the test left a process group"
+    assert not files, f"the test left temporary files: {files}"
 
 
 @pytest.fixture(scope="session")

@@ -308,6 +308,7 @@ def test_one_event_file_for_all_calls(hold, tmp_path, module) -> None:
         trainer.fit(module, train_dataloaders=feed())
         trainer.loggers[0].log_metrics({"a": 1.0}, step=trainer.global_step)
     _compat.release_loggers(trainer)
+    trainer.loggers[0].finalize("success")
     files = list((tmp_path / "board").rglob("events.*"))
     assert (len(files) == 1) == hold
 

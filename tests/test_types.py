@@ -13,15 +13,21 @@ import pytest
 import fitrl
 from fitrl.errors import UnknownArgumentError
 from fitrl.strategies.local import LocalStrategy
+from samples import make_groups
 
 FOLDER = Path(__file__).parent / "typing"
 ROOT = FOLDER.parent.parent
 
 
-def mypy() -> dict[str, set[int]]:
+def readme() -> str:
+    """The README's Python, as one program."""
+    return "\n\n".join(re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL))
+
+
+def mypy(files: list[str]) -> dict[str, set[int]]:
     """Lines with errors in each file, by mypy --strict."""
     done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", *map(str, sorted(FOLDER.glob("*.py")))],
+        [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", *files],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -34,10 +40,10 @@ def mypy() -> dict[str, set[int]]:
     return found
 
 
-def pyright() -> dict[str, set[int]]:
+def pyright(files: list[str]) -> dict[str, set[int]]:
     """Lines with errors in each file, by pyright; it lies in its wheel, node in another, nothing is downloaded."""
     done = subprocess.run(
-        [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable, str(FOLDER)],
+        [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable, *files],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -45,7 +51,7 @@ def pyright() -> dict[str, set[int]]:
     )
     assert done.returncode in (0, 1), done.stdout + done.stderr
     report = json.loads(done.stdout[done.stdout.index("{") :])
-    assert report["summary"]["filesAnalyzed"] == len(list(FOLDER.glob("*.py")))
+    assert report["summary"]["filesAnalyzed"] == len(files)
     found: dict[str, set[int]] = {}
     for item in report["generalDiagnostics"]:
         if item["severity"] == "error":
@@ -55,14 +61,33 @@ def pyright() -> dict[str, set[int]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checker", [mypy, pyright], ids=lambda checker: checker.__name__)
-def test_checkers_see_the_wrong_calls_and_no_others(checker) -> None:
+def test_checkers_see_the_wrong_calls_and_no_others(checker, tmp_path) -> None:
     marked = {
         number
         for number, line in enumerate((FOLDER / "calls_wrong.py").read_text().splitlines(), 1)
         if line.endswith("# error")
     }
     assert len(marked) > 50
-    assert checker() == {"calls_wrong.py": marked}
+    (tmp_path / "from_the_readme.py").write_text(readme())
+    files = [*sorted(FOLDER.glob("*.py")), tmp_path / "from_the_readme.py"]
+    assert checker(list(map(str, files))) == {"calls_wrong.py": marked}
+
+
+def test_the_steps_of_the_readme_train(tmp_path) -> None:
+    """By hand, over batches of one's own: the same step as `fit_rl`."""
+    steps = re.search(r"^verbs = .*?\n\n", readme(), re.MULTILINE | re.DOTALL)[0]
+    steps = re.sub(r"fitrl\.rollout\(.*\)", "given", steps)
+    given, gradients = make_groups(seed=1), []
+    for name in ("by hand", "by fit_rl"):
+        model = fitrl.TrainableModel(name.replace(" ", "-"), "readme", "tiny", root=tmp_path)
+        with fitrl.LocalTrainer(accelerator="cpu", devices=1, enable_model_summary=False) as trainer:
+            if name == "by hand":
+                exec(steps, {"fitrl": fitrl, "trainer": trainer, "model": model, "given": given})
+            else:
+                trainer.fit_rl(model, given)
+            assert model.step == 1
+            gradients.append(float(trainer.verbs.policy_module.last_grad_norm))
+    assert gradients[0] == pytest.approx(gradients[1], rel=1e-6)
 
 
 # -- the same at run time ---------------------------------------------------------------------------------------------
@@ -97,8 +122,9 @@ def test_a_subclass_with_its_own_fit_rl_names_itself() -> None:
             return own_argument
 
     trainer = Mine(accelerator="cpu", devices=1)
-    assert trainer.fit_rl(None, [], own_argument=4) == 4
+    model = fitrl.TrainableModel("a", "b", "tiny")
+    assert trainer.fit_rl(model, [], own_argument=4) == 4
     with pytest.raises(UnknownArgumentError, match="Mine.fit_rl.. takes no 'ppo'.*'mine' takes: own_argument$"):
-        trainer.fit_rl(None, [], ppo=True)
+        trainer.fit_rl(model, [], ppo=True)
     with pytest.raises(TypeError):
-        trainer.fit_rl(None, [], 4)
+        trainer.fit_rl(model, [], 4)

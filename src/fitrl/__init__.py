@@ -4,15 +4,19 @@ trainer = fitrl.LocalTrainer(devices=1)
 result = trainer.fit_rl(model, groups, learning_rate=5e-6)
 """
 
-from fitrl.data.completion import Completion
+from fitrl.data.batch import Batch, Feed
+from fitrl.data.completion import Completion, Message
 from fitrl.data.gather import gather
 from fitrl.data.groups import ExceptionRecord, History, TokenHistory, Trajectory, TrajectoryGroup
+from fitrl.data.packing import pack
+from fitrl.data.samples import build_samples
 from fitrl.discovery import register_strategies
 from fitrl.errors import FitRLError
 from fitrl.objective.fused_linear import fused_linear_policy_loss
 from fitrl.objective.objective import CustomObjective, LossInputs, Objective, PolicyLoss
 from fitrl.objective.policy_loss import policy_loss
-from fitrl.policy.loading import LoraSettings
+from fitrl.policy.loading import LoraSettings, load_tokenizer
+from fitrl.policy.migration import TrainConfig
 from fitrl.policy.model import TrainableModel
 from fitrl.policy.module import AdamWSettings, PolicyModule
 from fitrl.protocols.results import LocalTrainResult, TrainResult
@@ -23,40 +27,49 @@ from fitrl.rollout.sampler import Sampler
 from fitrl.rollout.transformers import TransformersSampler
 from fitrl.trainers.base import RLTrainer
 from fitrl.trainers.local import LocalTrainer
+from fitrl.trainers.progress import RewardProgressBar
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdamWSettings",
+    "Batch",
     "Chat",
     "Completion",
     "CustomObjective",
     "ExceptionRecord",
     "ExportsWeights",
+    "Feed",
     "FitRLError",
     "History",
     "LocalTrainResult",
     "LocalTrainer",
     "LoraSettings",
     "LossInputs",
+    "Message",
     "Objective",
     "PolicyLoss",
     "PolicyModule",
     "PolicyTrainer",
     "RLTrainer",
+    "RewardProgressBar",
     "RolloutDataModule",
     "Sampler",
     "Scores",
     "SupportsFitRL",
     "TokenHistory",
+    "TrainConfig",
     "TrainResult",
     "TrainableModel",
     "Trains",
     "Trajectory",
     "TrajectoryGroup",
     "TransformersSampler",
+    "build_samples",
     "fused_linear_policy_loss",
     "gather",
+    "load_tokenizer",
+    "pack",
     "policy_loss",
     "rollout",
     "rollout_async",

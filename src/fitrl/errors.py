@@ -37,8 +37,20 @@ class CheckpointError(FitRLError, RuntimeError):
     """A checkpoint cannot be read or written."""
 
 
+class RunLockedError(FitRLError, RuntimeError):
+    """Another trainer has the run folder open; the message names it."""
+
+
+class RankError(FitRLError, RuntimeError):
+    """Another process of the job failed; the message says which one and how."""
+
+
 class NothingAccumulatedError(FitRLError, RuntimeError):
     """`optim_step` was called before any `forward_backward`."""
+
+
+class NonFiniteGradientError(FitRLError, ArithmeticError):
+    """A gradient was infinite or NaN; the message names the step."""
 
 
 class SessionError(FitRLError, RuntimeError):

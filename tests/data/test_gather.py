@@ -209,6 +209,46 @@ def test_limits_out_of_range(arguments: dict[str, Any]) -> None:
         asyncio.run(gather([TrajectoryGroup([trajectory()])], **arguments))
 
 
+def test_the_same_group_twice_is_refused_before_anything_runs() -> None:
+    async def main() -> list[TrajectoryGroup]:
+        group = TrajectoryGroup([_works(1)])
+        with pytest.raises(InvalidArgumentError, match="the same TrajectoryGroup twice"):
+            await gather([group, group])
+        return await gather([group])
+
+    assert _rewards(asyncio.run(main())) == [[1]]
+
+
+def test_finished_rollouts_survive_the_one_that_was_too_much(no_warnings: None) -> None:
+    """Rollouts are expensive: those that are done are in their groups, and the groups can be used."""
+    groups: list[TrajectoryGroup] = []
+
+    async def main() -> None:
+        done = asyncio.Event()
+
+        async def second() -> Trajectory:
+            done.set()
+            return trajectory(reward=2)
+
+        async def fails() -> Trajectory:
+            await done.wait()
+            raise ValueError("broken")
+
+        async def never() -> Trajectory:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        groups.extend([TrajectoryGroup([never(), _works(1)]), TrajectoryGroup([fails(), second(), never()])])
+        with pytest.raises(GroupError):
+            await gather(groups)
+
+    asyncio.run(main())
+
+    assert _rewards(groups) == [[1], [2]]
+    assert [len(group.exceptions) for group in groups] == [0, 1]
+    assert all(group.to_json() for group in groups)  # nothing is pending
+
+
 def test_a_bad_limit_leaves_the_groups_to_be_gathered_again(no_warnings: None) -> None:
     async def main() -> list[TrajectoryGroup]:
         groups = [TrajectoryGroup([_works(1)])]

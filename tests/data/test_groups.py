@@ -7,14 +7,17 @@ import json
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from openai.types.chat.chat_completion import ChatCompletion, Choice
+from transformers import PreTrainedTokenizerBase
 
 from fitrl.data.completion import Completion
 from fitrl.data.groups import ExceptionRecord, History, TokenHistory, Trajectory, TrajectoryGroup
+from fitrl.data.tokens import tokenize
 from fitrl.errors import DataError, FitRLError
 from helpers import completion, facts, group, token_history, trajectory, user
 
@@ -22,7 +25,7 @@ from helpers import completion, facts, group, token_history, trajectory, user
 
 TEXT = st.text(max_size=12)
 JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXT,
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
     max_leaves=6,
 )
@@ -122,18 +125,31 @@ def test_a_group_survives_json_without_loss(
     assert facts(TrajectoryGroup.from_json(original.to_json())) == facts(original)
 
 
-def test_nan_logprobs_are_standard_json() -> None:
-    """Other tools read the logged trajectories, and JSON has no NaN."""
-    unknown = completion("7", logprobs=(math.nan, -0.5))
+def test_numbers_that_json_lacks_are_standard_json_and_come_back() -> None:
+    """Other tools read the logged trajectories, and JSON has neither NaN nor Infinity."""
+    unknown = completion("7", logprobs=(math.nan, -math.inf))
     history = token_history([1, 2, 3], [0, 1, 1])
-    original = Trajectory(
-        messages_and_choices=[unknown], token_histories=[history], additional_histories=[History()], reward=1.0
+    original = TrajectoryGroup(
+        [
+            Trajectory(
+                messages_and_choices=[unknown],
+                token_histories=[history],
+                additional_histories=[History()],
+                reward=math.inf,
+                metrics={"a": math.nan, "b": -math.inf, "c": 3},
+            )
+        ],
+        metrics={"d": math.inf},
     )
 
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is not JSON")
 
-    json.loads(original.to_json(), parse_constant=refuse)
+    plain = json.loads(original.to_json(), parse_constant=refuse)
+
+    assert plain["metrics"] == {"d": "Infinity"}
+    assert plain["trajectories"][0]["metrics"] == {"a": "NaN", "b": "-Infinity", "c": 3}
+    assert facts(TrajectoryGroup.from_json(original.to_json())) == facts(original)
 
 
 def test_the_traceback_of_an_exception_survives_json() -> None:
@@ -151,11 +167,75 @@ def test_the_traceback_of_an_exception_survives_json() -> None:
     assert 'raise ValueError("the tool did not answer")' in restored.traceback
 
 
-def test_a_value_that_json_cannot_hold_is_an_error() -> None:
-    with pytest.raises(DataError, match=r"trajectory holds a value that JSON cannot hold.*object"):
-        trajectory(metadata={"environment": object()}).to_json()
-    with pytest.raises(DataError, match="group holds"):
-        group([1.0], metadata={"ids": {1, 2}}).to_json()
+LOOPED: dict[str, Any] = {}
+LOOPED["again"] = LOOPED
+
+
+@pytest.mark.parametrize(
+    ("metadata", "named"),
+    [
+        ({"environment": object()}, r"metadata\.environment is <object object at .*>, of type object"),
+        ({1: "a"}, "metadata has the key 1, of type int"),
+        ({"x": [{"y": (1, 2)}]}, r"metadata\.x\[0\]\.y is \(1, 2\), of type tuple"),
+        ({"x": b"1"}, r"metadata\.x is b'1', of type bytes"),
+        ({"score": math.nan}, r"metadata\.score is nan"),
+        ({"score": np.float32(1)}, r"metadata\.score is .*, of type float32"),
+        (LOOPED, r"metadata\.again.* is nested too deeply"),
+    ],
+)
+def test_a_value_that_json_would_lose_is_an_error_that_names_it(metadata: dict[Any, Any], named: str) -> None:
+    with pytest.raises(DataError, match=f"trajectory holds a value that JSON cannot hold: {named}"):
+        trajectory(metadata=metadata).to_json()
+    with pytest.raises(DataError, match=f"group holds a value that JSON cannot hold: {named}"):
+        group([1.0], metadata=metadata).to_json()
+
+
+def test_keys_of_metrics_are_strings() -> None:
+    with pytest.raises(DataError, match="metrics has the key 3, of type int"):
+        trajectory(metrics={3: 1.0}).to_json()
+    with pytest.raises(DataError, match=r"metrics\.x is \(1,\), of type tuple"):
+        trajectory(metrics={"x": (1,)}).to_json()
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]", "3", "", '{"reward": 1.0}'])
+def test_text_that_is_no_record(text: str) -> None:
+    with pytest.raises(DataError, match="is no trajectory"):
+        Trajectory.from_json(text)
+    with pytest.raises(DataError, match="is no group"):
+        TrajectoryGroup.from_json(text)
+
+
+@pytest.mark.parametrize("reward", [np.float32(0.5), np.int64(1), torch.tensor(0.5), torch.tensor([1]), True])
+def test_scalars_of_any_kind_are_rewards(reward: Any) -> None:
+    held = Trajectory(reward=reward)
+
+    assert type(held.reward) is float and held.reward == float(reward)
+    assert Trajectory.from_json(held.to_json()).reward == held.reward
+
+
+@pytest.mark.parametrize("reward", [None, "1.0", [1.0], torch.zeros(2)])
+def test_a_reward_is_a_number(reward: Any) -> None:
+    with pytest.raises(DataError, match="the reward must be a number, got"):
+        Trajectory(reward=reward)
+    later = group([1.0, 0.0])
+    later.trajectories[1].reward = reward
+    with pytest.raises(DataError, match="the reward of trajectory 1 must be a number, got"):
+        _ = later.rewards
+    with pytest.raises(DataError, match="must be a number"):
+        later.to_json()
+
+
+def test_exceptions_become_records() -> None:
+    error = ValueError("the tool did not answer")
+    held = Trajectory(exceptions=[error])
+    held.exceptions.append(error)  # type: ignore[arg-type]
+    both = TrajectoryGroup([held], exceptions=[error])
+
+    restored = TrajectoryGroup.from_json(both.to_json())
+
+    assert isinstance(held.exceptions[0], ExceptionRecord)
+    for record in (*restored.exceptions, *restored.trajectories[0].exceptions):
+        assert (record.type, record.message) == ("ValueError", "the tool did not answer")
 
 
 # -- OpenAI choices -------------------------------------------------------------------------------------------------
@@ -241,11 +321,23 @@ def test_choices_in_additional_histories_are_read() -> None:
 def test_a_choice_appended_later_is_read_like_the_others() -> None:
     """Agents append to `messages_and_choices` while they run, and send `messages()` to the server again."""
     held = Trajectory(messages_and_choices=[user("3+4=")], temperature=1.0)
-    held.messages_and_choices.append(_choice({"content": "7"}, [_entry("token_id:55", -0.25)]))  # type: ignore[arg-type]
+    held.messages_and_choices.append(_choice({"content": "7"}, [_entry("token_id:55", -0.25)]))
 
     assert held.messages() == [user("3+4="), {"role": "assistant", "content": "7"}]
     assert held.completions()[0].token_ids == (55,)
     assert Trajectory.from_json(held.to_json()).completions()[0].token_ids == (55,)
+
+
+def test_a_choice_appended_to_an_additional_history_is_read_like_the_others(
+    tiny_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    history = History(messages_and_choices=[user("3+4=")], temperature=1.0)
+    held = Trajectory(additional_histories=[history])
+    history.messages_and_choices.append(_choice({"content": "7"}, [_entry("token_id:55", -0.25)]))
+
+    assert [said.token_ids for said in held.completions()] == [(55,)]
+    [tokens] = tokenize(held, tiny_tokenizer).histories
+    assert tokens.token_ids[tokens.mask].tolist() == [55]
 
 
 def test_other_things_in_a_history_are_refused() -> None:

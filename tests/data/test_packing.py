@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fitrl.data import packing
 from fitrl.data.batch import Batch
 from fitrl.data.groups import TokenHistory
 from fitrl.data.packing import Layout, deal, pack
@@ -175,6 +177,59 @@ def test_batches_are_filled(samples: list[Sample], layout: Layout, slack: int) -
             both = [samples[index] for index in (*left.members, *right.members)]
             size = _padded_size(both) if layout == "padded" else sum(one.num_input_tokens for one in both)
             assert size > limit
+
+
+def _naive_first_fit(samples: Sequence[Sample], limit: int, layout: Layout) -> list[list[int]]:
+    """Widest first, each into the first batch that it fits into."""
+
+    def size(members: Sequence[int]) -> int:
+        chosen = [samples[index] for index in members]
+        return _padded_size(chosen) if layout == "padded" else sum(one.num_input_tokens for one in chosen)
+
+    def width(index: int) -> int:
+        lengths = [len(history) - 1 for history in samples[index].histories]
+        return max(lengths) if layout == "padded" else sum(lengths)
+
+    bins: list[list[int]] = []
+    for index in sorted(range(len(samples)), key=lambda index: (-width(index), index)):
+        for members in bins:
+            if size([*members, index]) <= limit:
+                members.append(index)
+                break
+        else:
+            bins.append([index])
+    return [sorted(members) for members in bins]
+
+
+@given(_samples(max_trajectories=20), st.sampled_from(LAYOUTS), st.integers(0, 60))
+def test_each_trajectory_goes_into_the_first_batch_with_room(samples: list[Sample], layout: Layout, slack: int) -> None:
+    limit = _fitting_limit(samples, layout, slack)
+
+    batches = pack(samples, layout=layout, max_tokens=limit)
+
+    assert [list(batch.members) for batch in batches] == _naive_first_fit(samples, limit, layout)
+
+
+@given(st.lists(st.integers(2, 30), min_size=1, max_size=40), st.integers(1, 9))
+def test_the_next_largest_goes_onto_the_emptiest_batch(lengths: list[int], num_batches: int) -> None:
+    samples = [sample(token_history(range(length), [0] * (length - 1) + [1])) for length in lengths]
+    expected: list[list[int]] = [[] for _ in range(min(num_batches, len(samples)))]
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        min(expected, key=lambda members: sum(lengths[i] - 1 for i in members)).append(index)
+
+    assert [list(batch.members) for batch in pack(samples, num_batches=num_batches)] == list(map(sorted, expected))
+
+
+def test_many_trajectories_are_packed_in_time_that_does_not_explode() -> None:
+    """Sixteen times the trajectories, a little more than sixteen times the time; it was over a hundred times."""
+    one = sample(token_history(range(12), [0] * 11 + [1]))
+
+    def seconds(count: int) -> float:
+        start = time.perf_counter()
+        packing._first_fit([one] * count, 11, "packed")
+        return time.perf_counter() - start
+
+    assert seconds(16_000) < 60 * seconds(1_000)
 
 
 @given(_samples(), st.sampled_from(LAYOUTS), st.integers(1, 4))

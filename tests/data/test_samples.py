@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -302,6 +304,41 @@ def test_pending_trajectories(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
 def test_a_reward_that_is_not_finite_says_where(tiny_tokenizer: PreTrainedTokenizerBase, reward: float) -> None:
     with pytest.raises(DataError, match=rf"group 1: reward {reward} of trajectory 2 is not finite"):
         build_samples([group([0, 1]), group([0, 1, reward])], tiny_tokenizer)
+
+
+@pytest.mark.parametrize("reward", [None, "1.0"])
+def test_a_reward_that_is_no_number_says_where(tiny_tokenizer: PreTrainedTokenizerBase, reward: Any) -> None:
+    wrong = group([1.0, 0.0])
+    wrong.trajectories[1].reward = reward
+    with pytest.raises(DataError, match="group 1: the reward of trajectory 1 must be a number, got"):
+        build_samples([group([1.0, 0.0]), wrong], tiny_tokenizer)
+
+
+@pytest.mark.parametrize("outside", [262, 99_999, -1])
+@pytest.mark.parametrize("where", ["completion", "prompt", "choice", "token history"])
+def test_a_token_id_outside_the_vocabulary_says_where(
+    tiny_tokenizer: PreTrainedTokenizerBase, where: str, outside: int
+) -> None:
+    wrong = group([1.0, 0.0])
+    place = wrong.trajectories[1]
+    match where:
+        case "completion":
+            place.messages_and_choices[1] = completion(token_ids=[55, outside])
+        case "prompt":
+            place.messages_and_choices[1] = completion(token_ids=[55], prompt_ids=(1, outside))
+        case "choice":
+            if outside < 0:
+                return  # token_id:-1 is a string, not an id
+            entry = SimpleNamespace(token=f"token_id:{outside}", logprob=-1.0, bytes=None)
+            place.messages_and_choices[1] = Completion.from_choice(
+                SimpleNamespace(message={}, finish_reason="stop", logprobs=SimpleNamespace(content=[entry])),
+                temperature=1.0,
+            )
+        case _:
+            place.token_histories = [token_history([1, outside, 3], [0, 0, 1])]
+
+    with pytest.raises(DataError, match=f"group 0, trajectory 1: token id {outside} is outside .*, 0 to 261"):
+        build_samples([wrong], tiny_tokenizer, vocabulary_size=262)
 
 
 def test_a_wrong_logprob_says_where(tiny_tokenizer: PreTrainedTokenizerBase) -> None:

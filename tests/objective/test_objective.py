@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import re
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import fitrl
 from fitrl import Objective, PolicyLoss
@@ -273,3 +276,42 @@ def test_a_custom_objective_is_anything_callable_that_says_what_it_needs() -> No
 def test_a_bound_that_never_binds_is_refused(options: dict[str, Any], name: str) -> None:
     with pytest.raises(InvalidArgumentError, match=f"{name}.*has no effect"):
         Objective(**options)
+
+
+@pytest.mark.parametrize("options", [{"epsilon": 1.5}, {"ppo": True, "epsilon": 1.5, "epsilon_high": 0.2}])
+def test_a_window_that_starts_below_zero_is_refused(options: dict[str, Any]) -> None:
+    """A ratio is above 0 whatever the policy does."""
+    with pytest.raises(InvalidArgumentError, match=r"epsilon=1\.5 has no effect"):
+        Objective(**options)
+    assert Objective(ppo=True, epsilon=1.5).ratio_window == (-0.5, 2.5)  # the window's other end has an effect
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("value", ["0.2", [0.2], 1j])
+def test_another_type_names_the_option_and_the_value(name: str, value: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match=rf"{name} must be .* got {re.escape(repr(value))}"):
+        Objective(**{name: value})
+
+
+@pytest.mark.parametrize("options", [{"ppo": 1}, {"ppo": None}, {"epsilon": True}, {"kl_coef": None}])
+def test_booleans_are_booleans_and_numbers_are_numbers(options: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgumentError, match="must be"):
+        Objective(**options)
+    assert Objective(epsilon=np.float32(0.5), entropy_coef=1).ratio_window == (0.5, 5.0)
+
+
+def test_loss_inputs_are_what_was_asked_for() -> None:
+    zeros = torch.zeros(2)
+    names = [f.name for f in dataclasses.fields(LossInputs) if f.name not in ("reference_logprobs", "outputs")]
+
+    def inputs(**outputs: Any) -> LossInputs:
+        return LossInputs(**dict.fromkeys(names, zeros), outputs=outputs)
+
+    for name in ("logprobs", "logits", "hidden", "weight"):
+        assert getattr(inputs(**{name: zeros}), name) is zeros
+        asked = "hidden" if name == "weight" else name
+        with pytest.raises(InvalidArgumentError, match=f"{name} without asking.*inputs = '{asked}'"):
+            getattr(inputs(), name)
+    assert inputs(hidden=zeros).bias is None and inputs(hidden=zeros, bias=zeros).bias is zeros
+    with pytest.raises(InvalidArgumentError, match="inputs = 'hidden'"):
+        _ = inputs(logprobs=zeros).bias

@@ -1,5 +1,7 @@
 """Checkpoint folders are whole or absent."""
 
+import dataclasses
+import hashlib
 import json
 import os
 import pickle
@@ -12,7 +14,17 @@ import torch
 
 import fitrl
 from fitrl.errors import CheckpointError, FitRLError
-from fitrl.policy.checkpoints import Manifest, list_checkpoints, read, read_manifest, write
+from fitrl.policy.checkpoints import (
+    Manifest,
+    list_checkpoints,
+    newest,
+    read,
+    read_manifest,
+    remove,
+    tidy,
+    verify,
+    write,
+)
 from fitrl.policy.loading import save_weights
 from samples import make_groups
 
@@ -47,11 +59,11 @@ def test_round_trip(tmp_path) -> None:
     state = {"rng": torch.arange(3), "history": [(1, 0.5)], "nested": {"a": None}}
     write(tmp_path / "0001", manifest(1), weights("one"), state)
     found, restored = read(tmp_path / "0001")
-    assert found == manifest(1) == read_manifest(tmp_path / "0001")
+    assert dataclasses.replace(found, files={}) == manifest(1) and found == read_manifest(tmp_path / "0001")
     assert restored["history"] == [(1, 0.5)] and torch.equal(restored["rng"], state["rng"])
     assert restored["nested"] == {"a": None}
     write(tmp_path / "0002", manifest(2, weights_only=True), weights("two"), None)
-    assert read(tmp_path / "0002") == (manifest(2, weights_only=True), None)
+    assert read(tmp_path / "0002") == (read_manifest(tmp_path / "0002"), None)
     assert names(tmp_path / "0002") == ["fitrl.json", "weights"]
     assert list_checkpoints(tmp_path) == [(1, tmp_path / "0001"), (2, tmp_path / "0002")]
 
@@ -290,4 +302,74 @@ def test_manifests_are_plain_json(tmp_path) -> None:
         "base_model": "tiny",
         "adapter": False,
         "weights_only": False,
+        "files": {
+            name: [size, hashlib.sha256((tmp_path / "0001" / name).read_bytes()).hexdigest()]
+            for name, size in (
+                ("trainer_state.pt", (tmp_path / "0001" / "trainer_state.pt").stat().st_size),
+                ("weights", 0),
+            )
+        },
     }
+
+
+# -- what a crash, a bad disk or a careless hand leaves ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", ["changed", "cut", "gone"])
+def test_damaged_files_are_named_and_the_one_before_is_taken(damage, tmp_path, caplog) -> None:
+    for step in (1, 2):
+        write(tmp_path / f"{step:04d}", manifest(step), weights("some weights"), {"step": step})
+    file = tmp_path / "0002" / "weights"
+    match damage:
+        case "changed":
+            file.write_text("some Weights")
+        case "cut":
+            file.write_text("some")
+        case "gone":
+            file.unlink()
+    with pytest.raises(CheckpointError, match=r"0002 is no whole checkpoint.*weights"):
+        verify(tmp_path / "0002")
+    with caplog.at_level("WARNING"):
+        assert newest(tmp_path) == tmp_path / "0001"
+    assert "0002" in caplog.text and "weights" in caplog.text
+
+
+def test_nothing_whole_is_no_checkpoint(tmp_path) -> None:
+    assert newest(tmp_path / "absent") is None
+    write(tmp_path / "0001", manifest(1), weights("some weights"), {})
+    (tmp_path / "0001" / "weights").write_text("other weight")
+    assert newest(tmp_path) is None
+
+
+def test_subfolders_are_part_of_the_manifest(tmp_path) -> None:
+    def nested(folder: Path) -> None:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "part").write_text("one")
+
+    write(tmp_path / "0001", manifest(1), nested, None)
+    assert set(verify(tmp_path / "0001").files) == {"inner/part"}
+    (tmp_path / "0001" / "inner" / "part").write_text("two")
+    with pytest.raises(CheckpointError, match="inner/part"):
+        verify(tmp_path / "0001")
+
+
+def test_tidy_clears_what_a_crash_left(tmp_path) -> None:
+    write(tmp_path / "0001", manifest(1), weights("one"), {})
+    write(tmp_path / "0002", manifest(2), weights("two"), {})
+    (tmp_path / ".0003-0123abcd.tmp").mkdir()
+    (tmp_path / ".0003-0123abcd.tmp" / "weights").write_text("half")
+    # killed between the two renames of a replacement: the older folder is whole, under its aside name
+    (tmp_path / "0002").rename(tmp_path / ".0002-0123abcd.old")
+    # killed after both: the older one is only in the way
+    (tmp_path / ".0001-0123abcd.old").mkdir()
+    (tmp_path / ".mine").mkdir()
+    tidy(tmp_path)
+    assert names(tmp_path) == [".mine", "0001", "0002"]
+    assert verify(tmp_path / "0002").step == 2
+    tidy(tmp_path / "absent")
+
+
+def test_removed_is_gone(tmp_path) -> None:
+    write(tmp_path / "0001", manifest(1), weights("one"), {})
+    remove(tmp_path / "0001")
+    assert names(tmp_path) == []

@@ -231,3 +231,15 @@ def test_history_is_readable_by_others(model) -> None:
     model.log([group(1.0)], metrics={"é": 1.0})
     [line] = (model.run_dir / "history.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(line)["metrics"]["é"] == 1.0
+
+
+def test_numbers_that_json_lacks_are_standard_json_and_come_back(model) -> None:
+    model.log(metrics={"a": math.nan, "b": -math.inf})
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    [line] = (model.run_dir / "history.jsonl").read_text().splitlines()
+    assert json.loads(line, parse_constant=refuse)["metrics"] == {"a": "NaN", "b": "-Infinity"}
+    [entry] = model.history()
+    assert math.isnan(entry["metrics"]["a"]) and entry["metrics"]["b"] == -math.inf

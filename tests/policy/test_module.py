@@ -1,17 +1,21 @@
 """`PolicyModule` and `RolloutDataModule` under a stock `lightning.Trainer`."""
 
+import math
+
 import lightning
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from transformers import GraniteConfig, GraniteForCausalLM
 
 import fitrl
 from fitrl.data.batch import Feed
 from fitrl.data.packing import pack
 from fitrl.demo import TASKS, correct
-from fitrl.errors import DataError, InvalidArgumentError, UnsupportedError
+from fitrl.errors import DataError, InvalidArgumentError, NonFiniteGradientError, UnsupportedError
+from fitrl.policy.loading import Policy
 from fitrl.policy.module import PolicyModule
-from samples import make_samples, true_logprobs
+from samples import make_groups, make_samples, true_logprobs
 
 STOCK = {
     "accelerator": "cpu",
@@ -71,11 +75,14 @@ def test_data_module_arguments() -> None:
         fitrl.RolloutDataModule(TASKS, correct, group_size=0)
 
 
-def test_kl_needs_fit_rl(tmp_path) -> None:
+def test_kl_and_truncated_importance_sampling_need_fit_rl(tmp_path) -> None:
     model = fitrl.TrainableModel("module", "tests", "tiny", lora=None, root=tmp_path)
     module = PolicyModule(model, objective=fitrl.Objective(kl_coef=0.1))
     data = fitrl.RolloutDataModule(TASKS, correct)
     with pytest.raises(InvalidArgumentError, match="use fit_rl"):
+        lightning.Trainer(max_epochs=1, **STOCK).fit(module, datamodule=data)
+    module.objective = fitrl.Objective(truncated_importance_sampling=2.0)  # without old logprobs it does nothing
+    with pytest.raises(InvalidArgumentError, match="truncated_importance_sampling has no effect; use fit_rl"):
         lightning.Trainer(max_epochs=1, **STOCK).fit(module, datamodule=data)
 
 
@@ -115,6 +122,121 @@ def test_score_bounds_rows_and_agrees_with_transformers(module, tmp_path) -> Non
     truth = torch.cat([true_logprobs(h.token_ids)[h.mask] for s in samples for h in s.histories])
     for score in scores:
         assert float((score - truth).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_a_head_that_is_not_plain_is_bounded_too(tmp_path, tiny_tokenizer, layout, monkeypatch) -> None:
+    config = GraniteConfig(
+        vocab_size=262,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        logits_scaling=4.0,
+    )
+    folder = tmp_path / "granite"
+    GraniteForCausalLM(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    model = fitrl.TrainableModel("module", "tests", str(folder), lora=None, root=tmp_path)
+    [batch] = pack(make_samples(seed=2, num_trajectories=6), layout=layout)
+    rows = []
+    own_logits = Policy.own_logits
+    monkeypatch.setattr(Policy, "own_logits", lambda self, hidden: rows.append(len(hidden)) or own_logits(self, hidden))
+    with fitrl.LocalTrainer(accelerator="cpu", devices=1, enable_model_summary=False) as trainer:
+        verbs = trainer.open(model)
+        live = trainer.verbs.policy_module
+        assert not live.policy.has_linear_head and live.policy.can_pack
+        live.logprob_chunk_size = 7
+        scores = verbs.forward(batch).logprobs
+        with torch.no_grad():
+            whole = live._logprob_rows(batch)  # as the loss computes them
+    assert len(rows) > 2 and max(rows) == 7 and sum(rows) == len(scores)
+    assert torch.allclose(scores, whole, atol=1e-5)
+
+
+def test_a_layout_that_the_policy_cannot_read_is_refused(tmp_path, module, monkeypatch) -> None:
+    [batch] = pack(make_samples(seed=2, num_trajectories=6), layout="packed")
+    with fitrl.LocalTrainer(accelerator="cpu", devices=1, enable_model_summary=False) as trainer:
+        verbs = trainer.open(module.model)
+        trainer.verbs.policy_module.policy.can_pack = False
+        with pytest.raises(InvalidArgumentError, match="layout='padded'"):
+            verbs.forward_backward(batch)
+        with pytest.raises(InvalidArgumentError, match="layout='padded'"):
+            verbs.forward(batch)
+
+
+def test_validate_alone_reports_the_rewards_of_its_own_rollouts(module) -> None:
+    rewards = iter([1.0] * 8 + [0.5] * 8)
+    data = fitrl.RolloutDataModule(
+        TASKS, lambda task, trajectory: next(rewards), val_tasks=TASKS[:2], group_size=4, max_new_tokens=2
+    )
+    trainer = lightning.Trainer(**STOCK)
+    told = [trainer.validate(module, datamodule=data, verbose=False)[0]["val/reward/mean"] for _ in range(2)]
+    assert told == [1.0, 0.5]
+
+
+def test_the_open_policy_is_validated_by_its_trainer(module) -> None:
+    data = fitrl.RolloutDataModule(
+        TASKS, lambda task, trajectory: 0.75, val_tasks=TASKS[:2], group_size=2, max_new_tokens=2
+    )
+    with fitrl.LocalTrainer(accelerator="cpu", devices=1, enable_model_summary=False) as trainer:
+        trainer.open(module.model)
+        assert trainer.validate(datamodule=data, verbose=False)[0]["val/reward/mean"] == 0.75
+        assert "val/reward/mean" not in trainer.fit_rl(module.model, make_groups(seed=1)).metrics
+
+
+def test_early_stopping_sees_the_rewards_of_held_out_tasks(module) -> None:
+    data = fitrl.RolloutDataModule(
+        TASKS, correct, val_tasks=TASKS[:2], group_size=4, steps_per_epoch=1, tasks_per_step=30, max_new_tokens=4
+    )
+    stop = EarlyStopping("val/reward/mean", mode="max", stopping_threshold=-1.0)
+    lightning.Trainer(max_epochs=3, callbacks=[stop], num_sanity_val_steps=0, **STOCK).fit(module, datamodule=data)
+    assert stop.stopped_epoch == 0 and module.trainer.current_epoch == 1
+
+
+def test_the_model_knows_its_step_after_a_stock_fit(module) -> None:
+    feed = Feed(pack(make_samples(seed=2, num_trajectories=5), num_batches=3))
+    lightning.Trainer(max_epochs=1, **STOCK).fit(module, train_dataloaders=feed)
+    assert module.model.step == len(feed) > 1
+
+
+@pytest.mark.parametrize("factor", [math.nan, -1.0, math.inf])
+def test_a_learning_rate_that_is_none_changes_nothing(module, factor) -> None:
+    before = []
+
+    class Keep(lightning.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args) -> None:
+            before.append([tensor.clone() for _, tensor in pl_module.named_weights()])
+
+    module.lr_schedule = lambda step: factor if step else 1.0
+    feed = Feed(pack(make_samples(seed=2, num_trajectories=5), num_batches=3))
+    with pytest.raises(InvalidArgumentError, match="learning rate after 1 steps is .* lr_schedule must return"):
+        lightning.Trainer(max_epochs=1, callbacks=[Keep()], **STOCK).fit(module, train_dataloaders=feed)
+    assert len(before) == 1
+    for left, (_, right) in zip(before[0], module.named_weights(), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_a_gradient_that_is_not_finite_is_an_error_that_names_the_step(module) -> None:
+    class Breaks:
+        inputs = "logprobs"
+        calls = 0
+
+        def __call__(self, inputs, /):
+            self.calls += 1
+            return fitrl.PolicyLoss(loss=inputs.logprobs.sum() * (math.inf if self.calls == 2 else 1.0))
+
+    groups = make_groups(seed=1)
+    with fitrl.LocalTrainer(accelerator="cpu", devices=1, enable_model_summary=False) as trainer:
+        trainer.fit_rl(module.model, groups)
+        with pytest.raises(NonFiniteGradientError, match="gradient of step 3 was not finite.*newest checkpoint"):
+            trainer.fit_rl(module.model, groups, objective=Breaks(), num_minibatches=3)
+        # the broken weights are gone, whatever comes next
+        trainer.open(fitrl.TrainableModel("other", "tests", "tiny", lora=None, root=module.model.root))
+        assert [path.name for path in module.model.checkpoints()] == ["0001"]
+        again = trainer.fit_rl(module.model, groups)
+        assert again.step == 2 and math.isfinite(again.metrics["loss/train"])
 
 
 def test_custom_objective_inputs_are_checked(module) -> None:

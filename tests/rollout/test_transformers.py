@@ -12,7 +12,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fitrl.errors import InvalidArgumentError, SamplerError
-from fitrl.policy.loading import LoraSettings, Policy, load_policy
+from fitrl.policy.loading import LoraSettings, Policy, load_policy, trained_state
 from fitrl.rollout.sampler import Sampler
 from fitrl.rollout.transformers import TransformersSampler
 from samples import reference_network
@@ -372,6 +372,31 @@ def test_update_of_adapters() -> None:
     with pytest.raises(SamplerError, match="does not fit"):
         sampler.update([("model.norm.weight", torch.zeros(96))], 2)
     assert sampler.version == 1
+
+
+@pytest.mark.parametrize("stop", [None, "x", ("",)])
+def test_stop_is_a_list_of_strings(sampler, stop) -> None:
+    with pytest.raises(InvalidArgumentError, match="stop must be a list of strings"):
+        asyncio.run(sampler.sample([1], stop=stop))
+
+
+def test_update_never_asks_the_model_hub(monkeypatch) -> None:
+    """PEFT would look there whether the vocabulary was resized: 46 s, with every call of `fit_rl`."""
+    asked = []
+    monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", lambda *what: asked.append(what))
+    policy = load_policy("tiny", LoraSettings(rank=4))
+    for config in policy.network.peft_config.values():
+        config.base_model_name_or_path = "nobody/nothing"
+    sampler = TransformersSampler(policy)
+    sampler.update((), 1)
+    sampler.update([(name, tensor + 1) for name, tensor in trained_state(policy).items()], 2)
+    assert not asked and sampler.version == 2
+
+
+def test_update_without_weights_gathers_none(sampler, monkeypatch) -> None:
+    monkeypatch.setattr(sys.modules[TransformersSampler.__module__], "trained_state", None)
+    sampler.update((), 3)
+    assert sampler.version == 3
 
 
 def test_update_with_the_weights_it_has_already_changes_the_version_only(sampler) -> None:

@@ -187,7 +187,7 @@ def test_weights_only_starts_a_fresh_optimizer_at_the_saved_step(trainer, tmp_pa
 
 
 def test_bad_saves_and_loads(trainer, tmp_path) -> None:
-    with pytest.raises(CheckpointError, match="holds no checkpoint yet"):
+    with pytest.raises(CheckpointError, match="holds no whole checkpoint"):
         trainer.verbs.load()
     with pytest.raises(CheckpointError, match="no whole checkpoint"):
         trainer.verbs.load(str(tmp_path))

@@ -2,15 +2,19 @@
 
 import inspect
 import math
+import shutil
 
 import lightning
 import pytest
 import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import fitrl
+from fitrl.data.packing import pack
 from fitrl.errors import FitRLError, InvalidArgumentError, UnknownArgumentError
+from fitrl.policy.plots import plot_batches
 from fitrl.trainers.local import LocalTrainer
-from samples import make_groups
+from samples import make_groups, make_samples
 
 COMMON = {"learning_rate": 1e-3, "save_checkpoint": False}
 
@@ -100,6 +104,48 @@ def test_reference_may_be_the_base_a_step_or_a_folder(tmp_path) -> None:
     assert kl[saved] == pytest.approx(0.0, abs=1e-10)
 
 
+def test_a_reference_folder_that_is_written_again_is_read_again(tmp_path) -> None:
+    model = fitrl.TrainableModel("run", "arguments", "tiny", lora=None, root=tmp_path)
+    groups, folder = make_groups(seed=1), tmp_path / "reference"
+    with LocalTrainer(accelerator="cpu", devices=1, enable_model_summary=False) as trainer:
+        kl = []
+        for _ in range(2):
+            trainer.fit_rl(model, groups, learning_rate=1e-3)
+            trainer.verbs.save(path=str(folder), weights_only=True)
+            for _ in range(2):
+                kl.append(
+                    trainer.fit_rl(
+                        model, groups, learning_rate=0.0, kl_coef=0.1, reference=folder, save_checkpoint=False
+                    ).metrics["loss/kl"]
+                )
+    assert kl == pytest.approx([0.0] * 4, abs=1e-10)  # each time the policy itself
+
+
+def test_a_reference_that_cannot_be_read_is_named(tmp_path) -> None:
+    (tmp_path / "empty").mkdir()
+    small = Qwen3Config(
+        vocab_size=100,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=16,
+    )
+    Qwen3ForCausalLM(small).save_pretrained(tmp_path / "small")
+    shutil.copytree(tmp_path / "small", tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors").write_bytes(b"")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    model = fitrl.TrainableModel("run", "arguments", "tiny", lora=None, root=tmp_path)
+    with LocalTrainer(accelerator="cpu", devices=1, enable_model_summary=False) as trainer:
+        for name in ("empty", "cut", "adapter", "small"):
+            with pytest.raises(FitRLError, match=str(tmp_path / name)):
+                trainer.fit_rl(model, make_groups(seed=1), kl_coef=0.1, reference=tmp_path / name)
+        with pytest.raises(InvalidArgumentError, match="reads 100 token ids, the policy 262"):
+            trainer.fit_rl(model, make_groups(seed=1), kl_coef=0.1, reference=tmp_path / "small")
+
+
 def test_reference_of_adapters_is_the_base_without_them(tmp_path) -> None:
     lora = fitrl.LoraSettings(rank=4)
     groups = make_groups(seed=1)
@@ -127,6 +173,20 @@ def test_plot_tensors_writes_a_picture(tmp_path) -> None:
     learn(tmp_path, plot_tensors=True)
     [picture] = tmp_path.glob("arguments/run/plots/*.png")
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 5000
+
+
+def test_a_picture_of_many_microbatches_shows_the_first(tmp_path, monkeypatch) -> None:
+    """With all of 160 microbatches the layout took minutes and many gigabytes."""
+    from matplotlib.figure import Figure
+
+    titles = []
+    monkeypatch.setattr(Figure, "suptitle", lambda self, text: titles.append((text, self)))
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: None)
+    batches = pack(make_samples(seed=1, num_trajectories=40), max_tokens=14)
+    plot_batches(batches, tmp_path / "x.png")
+    [(text, figure)] = titles
+    assert len(batches) > 8 and text == f"microbatches of one optimizer step, 8 of {len(batches)}"
+    assert sum(bool(axis.get_title()) for axis in figure.axes) == 8 * 4
 
 
 def test_max_tokens_per_microbatch_cuts_and_drops(tmp_path) -> None:
@@ -195,9 +255,10 @@ class Reinforce:
         if self.inputs == "logprobs":
             logprobs = inputs.logprobs
         else:
-            logits = inputs.logits
             if self.inputs == "hidden":
                 logits = inputs.hidden @ inputs.weight.T / inputs.temperature[:, None]
+            else:
+                logits = inputs.logits
             logprobs = logits.log_softmax(-1).gather(1, inputs.targets[:, None]).squeeze(1)
         loss = -(torch.where(inputs.mask, logprobs, 0.0) * inputs.advantages).sum() / inputs.num_tokens
         return fitrl.PolicyLoss(loss=loss, metrics={"entropy_of_mine": loss.detach()})
@@ -215,6 +276,66 @@ def test_custom_objectives_over_logprobs_logits_and_hidden_states_agree(tmp_path
     assert norms["logits"] == pytest.approx(norms["logprobs"], rel=1e-5)
     assert norms["hidden"] == pytest.approx(norms["logprobs"], rel=1e-5)
     assert norms["logprobs"] != pytest.approx(plain.metrics["loss/grad_norm"], rel=1e-5)
+
+
+class Returns:
+    """A custom objective over logprobs that returns what it is told to make of a fair loss."""
+
+    inputs = "logprobs"
+
+    def __init__(self, make) -> None:
+        self.make = make
+
+    def __call__(self, inputs: fitrl.LossInputs, /) -> fitrl.PolicyLoss:
+        return self.make(-(inputs.logprobs * inputs.advantages).sum() / inputs.num_tokens)
+
+
+def test_a_custom_objective_has_the_metrics_of_every_call(tmp_path) -> None:
+    metrics = {"of_mine": 2.5, "of_mine_max": 3}
+    objective = Returns(lambda loss: fitrl.PolicyLoss(loss=loss, metrics=metrics))
+    _, result = learn(tmp_path, objective=objective, max_tokens_per_microbatch=32)
+    assert result.metrics["objective/of_mine"] > 2.5 and result.metrics["objective/of_mine_max"] == 3.0
+    assert {"loss/train", "mismatch/kl", "mismatch/prob_corr"} <= result.metrics.keys()
+
+
+WRONG_LOSSES = {
+    "a bare tensor": (lambda loss: loss, "must return a fitrl.PolicyLoss.*got Tensor"),
+    "no gradient": (lambda loss: fitrl.PolicyLoss(loss=loss.detach()), "has no gradient"),
+    "a float": (lambda loss: fitrl.PolicyLoss(loss=loss.item()), "must be a scalar tensor, got float"),
+    "a vector": (lambda loss: fitrl.PolicyLoss(loss=loss[None]), r"must be a scalar tensor, got .* \(1,\)"),
+    "a text": (lambda loss: fitrl.PolicyLoss(loss=loss, metrics={"m": "x"}), "metric 'm' of Returns must be a number"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_LOSSES)
+def test_a_wrong_loss_names_the_objective(case, tmp_path) -> None:
+    make, words = WRONG_LOSSES[case]
+    with pytest.raises(InvalidArgumentError, match=f"Returns.*{words}|{words}"):
+        learn(tmp_path, objective=Returns(make))
+
+
+def test_a_metric_that_comes_later_is_an_error(tmp_path) -> None:
+    seen = []
+
+    def make(loss):
+        seen.append(1)
+        return fitrl.PolicyLoss(loss=loss, metrics={"late": 1.0} if len(seen) > 1 else {})
+
+    with pytest.raises(InvalidArgumentError, match="the same metrics for every microbatch.*late"):
+        learn(tmp_path, objective=Returns(make), max_tokens_per_microbatch=32)
+
+
+def test_a_custom_objective_may_learn_from_flat_groups(tmp_path) -> None:
+    class Entropy(Reinforce):
+        teaches_without_advantage = True
+
+    groups = make_groups(seed=1)
+    for group in groups:
+        for trajectory in group:
+            trajectory.reward = 1.0
+    _, dropped = learn(tmp_path / "a", groups=groups, objective=Reinforce())
+    _, kept = learn(tmp_path / "b", groups=groups, objective=Entropy())
+    assert (dropped.num_optimizer_steps, kept.num_optimizer_steps) == (0, 1)
 
 
 @pytest.mark.slow
@@ -323,6 +444,15 @@ NO_EFFECT_OR_WRONG = {
     "tokens": {"max_tokens_per_microbatch": 0},
     "power": {"num_trajectories_learning_rate_multiplier_power": math.inf},
     "level": {"importance_sampling_level": "word"},
+    "a rate in quotes": {"learning_rate": "5e-6"},
+    "half a minibatch": {"num_minibatches": 1.5},
+    "a true minibatch": {"num_minibatches": True},
+    "ppo in quotes": {"ppo": "x"},
+    "verbose in quotes": {"verbose": "x"},
+    "seed": {"seed": None},
+    "a true reference": {"kl_coef": 0.1, "reference": True},
+    "half a reference": {"kl_coef": 0.1, "reference": 1.5},
+    "a window below zero": {"epsilon": 2.0},
 }
 
 
@@ -330,6 +460,23 @@ NO_EFFECT_OR_WRONG = {
 def test_contradictions_raise_before_anything_happens(case, tmp_path) -> None:
     with pytest.raises(InvalidArgumentError):
         learn(tmp_path, **NO_EFFECT_OR_WRONG[case])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_wrong_type_names_the_argument_and_the_value(tmp_path) -> None:
+    with pytest.raises(InvalidArgumentError, match="num_minibatches must be a whole number, got 1.5"):
+        learn(tmp_path, num_minibatches=1.5)
+    with pytest.raises(InvalidArgumentError, match="verbose must be True or False, got 'x'"):
+        learn(tmp_path, verbose="x")
+
+
+def test_model_and_groups_are_checked(tmp_path) -> None:
+    model = fitrl.TrainableModel("run", "arguments", "tiny", root=tmp_path)
+    with LocalTrainer(accelerator="cpu", devices=1, enable_model_summary=False) as trainer:
+        with pytest.raises(InvalidArgumentError, match="model must be a TrainableModel, got 'tiny'"):
+            trainer.fit_rl("tiny", make_groups(seed=1))
+        with pytest.raises(InvalidArgumentError, match="groups must be TrajectoryGroups, got None"):
+            trainer.fit_rl(model, None)
     assert not list(tmp_path.iterdir())
 
 

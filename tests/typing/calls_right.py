@@ -6,9 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, assert_type
 
+import numpy as np
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from openai.types.chat.chat_completion import Choice
 from torch import Tensor
 
 import fitrl
@@ -183,8 +185,29 @@ class MyObjective:
     inputs: Literal["logprobs", "logits", "hidden"] = "logprobs"
 
     def __call__(self, inputs: fitrl.LossInputs, /) -> fitrl.PolicyLoss:
-        assert inputs.logprobs is not None
+        assert_type(inputs.logprobs, Tensor)  # asked for, so it is there
+        assert_type(inputs.hidden, Tensor)
         return fitrl.PolicyLoss(loss=inputs.logprobs.sum() / inputs.num_tokens)
+
+
+class Fixed:
+    """Asks for one thing only."""
+
+    inputs: Literal["logits"] = "logits"
+
+    def __call__(self, inputs: fitrl.LossInputs) -> fitrl.PolicyLoss:
+        return fitrl.PolicyLoss(loss=inputs.logits.sum())
+
+
+def rollouts_of_your_own(choice: Choice, answer: fitrl.Completion, error: ValueError) -> None:
+    messages = [{"role": "user", "content": "3+4="}]
+    fitrl.Trajectory(messages_and_choices=[*messages, choice], temperature=1.0, reward=np.float32(1))
+    fitrl.Trajectory(messages_and_choices=messages, additional_histories=[fitrl.History(messages_and_choices=[answer])])
+    conversation: list[fitrl.Message | fitrl.Completion] = [*messages, answer]
+    attempt = fitrl.Trajectory(messages_and_choices=conversation, exceptions=[error])
+    attempt.messages_and_choices.append(choice)
+    assert_type(attempt.reward, float)
+    fitrl.TrajectoryGroup([attempt], exceptions=[error])
 
 
 class MyTrainer(fitrl.RLTrainer):
@@ -217,4 +240,5 @@ backends: list[fitrl.SupportsFitRL] = [trainer, third, mine]
 own_verbs: fitrl.PolicyTrainer = OwnVerbs()
 objective: fitrl.CustomObjective = MyObjective()
 trainer.fit_rl(model, groups, objective=MyObjective())
+trainer.fit_rl(model, groups, objective=Fixed())
 fitrl.LocalTrainer(sampler=MySampler())

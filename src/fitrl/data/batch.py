@@ -119,7 +119,7 @@ class Batch:
         return self.model_inputs.input_ids.numel()
 
     def filler(self) -> Batch:
-        """A batch of zero weight that still reaches the graph, so that every minibatch has as many microbatches."""
+        """A batch of zero weight that still reaches the graph, so that all minibatches and ranks have as many."""
         inputs = ModelInputs(
             input_ids=self.model_inputs.input_ids[:1, :1],
             position_ids=None,
@@ -132,7 +132,8 @@ class Batch:
         }
         for name in ("rows", "trajectory_ids", "mask"):
             first[name] = torch.zeros_like(first[name])
-        return Batch(inputs, LossTargets(**first))
+        # measures_mismatch stays: ranks reduce the same metrics
+        return Batch(inputs, LossTargets(**first), measures_mismatch=self.measures_mismatch)
 
 
 class Feed:

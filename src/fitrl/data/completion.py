@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
+from fitrl.data.json_lines import number_from_json, number_to_json
+
 Message: TypeAlias = dict[str, Any]
 Tool: TypeAlias = dict[str, Any]
 
@@ -108,12 +110,12 @@ class Completion:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form; a NaN logprob becomes null."""
+        """JSON-ready form."""
         return {
             "message": self.message,
             "token_ids": None if self.token_ids is None else list(self.token_ids),
             "token_bytes": None if self.token_bytes is None else [list(raw) for raw in self.token_bytes],
-            "logprobs": None if self.logprobs is None else [float_to_json(value) for value in self.logprobs],
+            "logprobs": None if self.logprobs is None else [number_to_json(value) for value in self.logprobs],
             "temperature": self.temperature,
             "prompt_ids": None if self.prompt_ids is None else list(self.prompt_ids),
             "finish_reason": self.finish_reason,
@@ -129,23 +131,13 @@ class Completion:
             message=data["message"],
             token_ids=None if data["token_ids"] is None else tuple(data["token_ids"]),
             token_bytes=None if raw is None else tuple(bytes(token) for token in raw),
-            logprobs=None if logprobs is None else tuple(float_from_json(value) for value in logprobs),
+            logprobs=None if logprobs is None else tuple(number_from_json(value) for value in logprobs),
             temperature=data["temperature"],
             prompt_ids=None if data["prompt_ids"] is None else tuple(data["prompt_ids"]),
             finish_reason=data["finish_reason"],
             version=data["version"],
             full_support=data["full_support"],
         )
-
-
-def float_to_json(value: float) -> float | None:
-    """JSON has no NaN: null stands for it."""
-    return None if value != value else value
-
-
-def float_from_json(value: float | None) -> float:
-    """Inverse of `float_to_json`."""
-    return float("nan") if value is None else value
 
 
 def _is_token_id(token: str) -> bool:

@@ -21,7 +21,8 @@ async def gather(
     """Await every pending trajectory of every group and return the groups, in order.
 
     Args:
-        groups: groups made of trajectories or awaitables; changed in place and returned.
+        groups: groups made of trajectories or awaitables; changed in place and returned. Also when it raises, every
+            trajectory that was finished is in its group, and nothing is pending any more.
         max_concurrency: how many rollouts may run at once; None = all. An awaitable that is a
             coroutine does not start before its turn.
         max_exceptions: how many rollouts may raise: an int is a count, a float in [0, 1] a fraction of
@@ -30,9 +31,11 @@ async def gather(
 
     Raises:
         GroupError: more rollouts raised than allowed. The others are cancelled first.
-        InvalidArgumentError: a limit is out of range.
+        InvalidArgumentError: a limit is out of range, or a group is given twice; nothing has run.
     """
     resolved = list(groups)
+    if len({id(group) for group in resolved}) < len(resolved):
+        raise InvalidArgumentError("groups holds the same TrajectoryGroup twice: its rollouts can run only once")
     jobs = [(group, job) for group in resolved for job in group.pending]
     allowed = _allowed(max_exceptions, len(jobs))
     if max_concurrency is not None and max_concurrency < 1:
@@ -74,12 +77,10 @@ async def gather(
             for _, job in jobs:
                 if isinstance(job, Coroutine):
                     job.close()  # one that never had its turn would warn that it was never awaited
-
-    for group in resolved:
-        group.pending = []
-    for index, (group, _) in enumerate(jobs):
-        if index in results:
-            group.trajectories.append(results[index])
+            for group in resolved:
+                group.pending = []
+            for index in sorted(results):
+                jobs[index][0].trajectories.append(results[index])
     return resolved
 
 

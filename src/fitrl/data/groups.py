@@ -10,16 +10,16 @@ Glossary
 
 from __future__ import annotations
 
-import json
 import traceback
-from collections.abc import Awaitable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor
 
-from fitrl.data.completion import Completion, Message, OpenAIChoice, Tool, float_from_json, float_to_json
+from fitrl.data.completion import Completion, Message, OpenAIChoice, Tool
+from fitrl.data.json_lines import dump, load, number_from_json, number_to_json
 from fitrl.errors import DataError
 
 
@@ -61,8 +61,8 @@ class TokenHistory:
         return {
             "token_ids": self.token_ids.tolist(),
             "mask": self.mask.tolist(),
-            "logprobs": [float_to_json(value) for value in self.logprobs.tolist()],
-            "temperature": self.temperature.tolist(),
+            "logprobs": [number_to_json(value) for value in self.logprobs.tolist()],
+            "temperature": [number_to_json(value) for value in self.temperature.tolist()],
             "versions": self.versions.tolist(),
             "full_support": self.full_support,
         }
@@ -73,35 +73,44 @@ class TokenHistory:
         return cls(
             token_ids=torch.tensor(data["token_ids"], dtype=torch.int64),
             mask=torch.tensor(data["mask"], dtype=torch.bool),
-            logprobs=torch.tensor([float_from_json(value) for value in data["logprobs"]], dtype=torch.float32),
-            temperature=torch.tensor(data["temperature"], dtype=torch.float32),
+            logprobs=_column(data["logprobs"]),
+            temperature=_column(data["temperature"]),
             versions=torch.tensor(data["versions"], dtype=torch.int64),
             full_support=data["full_support"],
         )
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, init=False)
 class History:
     """One conversation: messages and completions in order, and the tools that were offered."""
 
-    messages_and_choices: list[Message | Completion] = field(default_factory=list)
-    tools: list[Tool] | None = None
-    temperature: float | None = None
+    messages_and_choices: list[Message | Completion | OpenAIChoice]
+    tools: list[Tool] | None
+    temperature: float | None
 
-    def __post_init__(self) -> None:
-        self.messages_and_choices = _read_messages(self.messages_and_choices, self.temperature)
+    def __init__(
+        self,
+        *,
+        messages_and_choices: Sequence[Message | Completion | OpenAIChoice] = (),
+        tools: list[Tool] | None = None,
+        temperature: float | None = None,
+    ) -> None:
+        self.messages_and_choices = [*_read_messages(messages_and_choices, temperature)]
+        self.tools = tools
+        self.temperature = temperature
+
+    def items(self) -> list[Message | Completion]:
+        """Messages and completions; choices that were appended since are read."""
+        return _read_messages(self.messages_and_choices, self.temperature)
 
     def messages(self) -> list[Message]:
         """The conversation as plain chat messages."""
-        items = _read_messages(self.messages_and_choices, self.temperature)  # choices may have been appended since
-        return [item.message if isinstance(item, Completion) else item for item in items]
+        return [item.message if isinstance(item, Completion) else item for item in self.items()]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
         return {
-            "messages_and_choices": [
-                _message_to_json(item) for item in _read_messages(self.messages_and_choices, self.temperature)
-            ],
+            "messages_and_choices": [_message_to_json(item) for item in self.items()],
             "tools": self.tools,
             "temperature": self.temperature,
         }
@@ -135,7 +144,7 @@ class ExceptionRecord:
         return {"type": self.type, "message": self.message, "traceback": self.traceback}
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, init=False)
 class Trajectory:
     """One attempt at a task, with its reward.
 
@@ -143,7 +152,7 @@ class Trajectory:
         messages_and_choices: the main history: chat messages as dicts, and what the policy said as
             `Completion` or OpenAI `Choice` objects (read into completions at construction). Only
             completions are trained on, unless `allow_training_without_logprobs=True`.
-        reward: how good the attempt was; compared within its group.
+        reward: how good the attempt was, as a float; compared within its group.
         tools: tools offered to the model, as chat templates take them.
         temperature: sampling temperature of the OpenAI choices, which do not carry it themselves.
         additional_histories: further conversations of the same attempt (sub-agents, a compacted
@@ -153,7 +162,10 @@ class Trajectory:
         metrics: numbers to log; averaged over trajectories by `model.log`.
         metadata: JSON values to keep.
         logs: lines to keep.
-        exceptions: errors that the attempt survived.
+        exceptions: errors that the attempt survived; kept as records.
+
+    Raises:
+        DataError: a reward that is no number, or something else than messages and what the policy said.
 
     Example:
         >>> Trajectory(
@@ -162,19 +174,41 @@ class Trajectory:
         ... )  # doctest: +SKIP
     """
 
-    messages_and_choices: list[Message | Completion] = field(default_factory=list)
-    reward: float = 0.0
-    tools: list[Tool] | None = None
-    temperature: float | None = None
-    additional_histories: list[History] = field(default_factory=list)
-    token_histories: list[TokenHistory] = field(default_factory=list)
-    metrics: dict[str, float] = field(default_factory=dict)
-    metadata: dict[str, Any] = field(default_factory=dict)
-    logs: list[str] = field(default_factory=list)
-    exceptions: list[ExceptionRecord] = field(default_factory=list)
+    messages_and_choices: list[Message | Completion | OpenAIChoice]
+    reward: float
+    tools: list[Tool] | None
+    temperature: float | None
+    additional_histories: list[History]
+    token_histories: list[TokenHistory]
+    metrics: dict[str, float]
+    metadata: dict[str, Any]
+    logs: list[str]
+    exceptions: list[ExceptionRecord]
 
-    def __post_init__(self) -> None:
-        self.messages_and_choices = _read_messages(self.messages_and_choices, self.temperature)
+    def __init__(
+        self,
+        *,
+        messages_and_choices: Sequence[Message | Completion | OpenAIChoice] = (),
+        reward: SupportsFloat = 0.0,
+        tools: list[Tool] | None = None,
+        temperature: float | None = None,
+        additional_histories: Iterable[History] = (),
+        token_histories: Iterable[TokenHistory] = (),
+        metrics: Mapping[str, float] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        logs: Iterable[str] = (),
+        exceptions: Iterable[ExceptionRecord | BaseException] = (),
+    ) -> None:
+        self.messages_and_choices = [*_read_messages(messages_and_choices, temperature)]
+        self.reward = _number(reward)
+        self.tools = tools
+        self.temperature = temperature
+        self.additional_histories = list(additional_histories)
+        self.token_histories = list(token_histories)
+        self.metrics = dict(metrics or {})
+        self.metadata = dict(metadata or {})
+        self.logs = list(logs)
+        self.exceptions = _records(exceptions)
 
     def histories(self) -> list[History]:
         """The main history and the additional ones."""
@@ -189,12 +223,7 @@ class Trajectory:
 
     def completions(self) -> list[Completion]:
         """Everything that the policy said, over all histories."""
-        return [
-            item
-            for history in self.histories()
-            for item in history.messages_and_choices
-            if isinstance(item, Completion)
-        ]
+        return [item for history in self.histories() for item in history.items() if isinstance(item, Completion)]
 
     @property
     def policy_versions(self) -> tuple[int, int] | None:
@@ -207,18 +236,16 @@ class Trajectory:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
         return {
-            "messages_and_choices": [
-                _message_to_json(item) for item in _read_messages(self.messages_and_choices, self.temperature)
-            ],
-            "reward": self.reward,
+            "messages_and_choices": [_message_to_json(item) for item in self._main().items()],
+            "reward": number_to_json(_number(self.reward)),
             "tools": self.tools,
             "temperature": self.temperature,
             "additional_histories": [history.to_dict() for history in self.additional_histories],
             "token_histories": [history.to_dict() for history in self.token_histories],
-            "metrics": self.metrics,
+            "metrics": _metrics_to_json(self.metrics),
             "metadata": self.metadata,
             "logs": self.logs,
-            "exceptions": [record.to_dict() for record in self.exceptions],
+            "exceptions": [record.to_dict() for record in _records(self.exceptions)],
         }
 
     @classmethod
@@ -226,25 +253,33 @@ class Trajectory:
         """Inverse of `to_dict`."""
         return cls(
             messages_and_choices=[_message_from_json(item) for item in data["messages_and_choices"]],
-            reward=data["reward"],
+            reward=number_from_json(data["reward"]),
             tools=data["tools"],
             temperature=data["temperature"],
             additional_histories=[History.from_dict(item) for item in data["additional_histories"]],
             token_histories=[TokenHistory.from_dict(item) for item in data["token_histories"]],
-            metrics=data["metrics"],
+            metrics=_metrics_from_json(data["metrics"]),
             metadata=data["metadata"],
             logs=data["logs"],
             exceptions=[ExceptionRecord(**item) for item in data["exceptions"]],
         )
 
     def to_json(self) -> str:
-        """One line of JSON, without loss."""
-        return _dump(self.to_dict(), "trajectory")
+        """One line of JSON, without loss.
+
+        Raises:
+            DataError: a value that JSON cannot hold; the message says which.
+        """
+        return dump(self.to_dict(), "trajectory")
 
     @classmethod
     def from_json(cls, text: str) -> Trajectory:
-        """Inverse of `to_json`."""
-        return cls.from_dict(json.loads(text))
+        """Inverse of `to_json`.
+
+        Raises:
+            DataError: the text is no JSON of a trajectory.
+        """
+        return load(text, cls.from_dict, "trajectory")
 
 
 class TrajectoryGroup:
@@ -255,7 +290,7 @@ class TrajectoryGroup:
         metadata: JSON values to keep with the group.
         metrics: numbers to log with the group.
         logs: lines to keep.
-        exceptions: rollouts of the group that raised.
+        exceptions: rollouts of the group that raised; kept as records.
     """
 
     __slots__ = ("exceptions", "logs", "metadata", "metrics", "pending", "trajectories")
@@ -265,10 +300,10 @@ class TrajectoryGroup:
         trajectories: Iterable[Trajectory | Awaitable[Trajectory]] = (),
         /,
         *,
-        metadata: dict[str, Any] | None = None,
-        metrics: dict[str, float] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
         logs: Iterable[str] = (),
-        exceptions: Iterable[ExceptionRecord] = (),
+        exceptions: Iterable[ExceptionRecord | BaseException] = (),
     ) -> None:
         self.trajectories: list[Trajectory] = []
         self.pending: list[Awaitable[Trajectory]] = []
@@ -284,7 +319,7 @@ class TrajectoryGroup:
         self.metadata = dict(metadata or {})
         self.metrics = dict(metrics or {})
         self.logs = list(logs)
-        self.exceptions = list(exceptions)
+        self.exceptions = _records(exceptions)
 
     def __iter__(self) -> Iterator[Trajectory]:
         return iter(self.trajectories)
@@ -299,8 +334,12 @@ class TrajectoryGroup:
 
     @property
     def rewards(self) -> list[float]:
-        """One reward per trajectory."""
-        return [float(trajectory.reward) for trajectory in self.trajectories]
+        """One reward per trajectory.
+
+        Raises:
+            DataError: one is no number; the message says whose.
+        """
+        return [_number(trajectory.reward, f" of trajectory {i}") for i, trajectory in enumerate(self.trajectories)]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form; a group with pending trajectories has none."""
@@ -309,9 +348,9 @@ class TrajectoryGroup:
         return {
             "trajectories": [trajectory.to_dict() for trajectory in self.trajectories],
             "metadata": self.metadata,
-            "metrics": self.metrics,
+            "metrics": _metrics_to_json(self.metrics),
             "logs": self.logs,
-            "exceptions": [record.to_dict() for record in self.exceptions],
+            "exceptions": [record.to_dict() for record in _records(self.exceptions)],
         }
 
     @classmethod
@@ -320,19 +359,23 @@ class TrajectoryGroup:
         return cls(
             [Trajectory.from_dict(item) for item in data["trajectories"]],
             metadata=data["metadata"],
-            metrics=data["metrics"],
+            metrics=_metrics_from_json(data["metrics"]),
             logs=data["logs"],
             exceptions=[ExceptionRecord(**item) for item in data["exceptions"]],
         )
 
     def to_json(self) -> str:
-        """One line of JSON, without loss; exceptions included."""
-        return _dump(self.to_dict(), "group")
+        """One line of JSON, without loss; exceptions included. Raises as a trajectory's does."""
+        return dump(self.to_dict(), "group")
 
     @classmethod
     def from_json(cls, text: str) -> TrajectoryGroup:
-        """Inverse of `to_json`."""
-        return cls.from_dict(json.loads(text))
+        """Inverse of `to_json`.
+
+        Raises:
+            DataError: the text is no JSON of a group.
+        """
+        return load(text, cls.from_dict, "group")
 
 
 def _read_messages(items: Sequence[Any], temperature: float | None) -> list[Message | Completion]:
@@ -361,8 +404,31 @@ def _message_from_json(item: dict[str, Any]) -> Message | Completion:
     return message
 
 
-def _dump(data: dict[str, Any], what: str) -> str:
+def _number(reward: Any, whose: str = "") -> float:
+    """A reward as a float; numpy's and torch's scalars are numbers too."""
     try:
-        return json.dumps(data, separators=(",", ":"))
-    except TypeError as error:
-        raise DataError(f"this {what} holds a value that JSON cannot hold: {error}") from error
+        if not isinstance(reward, str):
+            return float(reward)
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise DataError(f"the reward{whose} must be a number, got {reward!r:.80}")
+
+
+def _records(exceptions: Iterable[ExceptionRecord | BaseException]) -> list[ExceptionRecord]:
+    return [ExceptionRecord.from_exception(item) if isinstance(item, BaseException) else item for item in exceptions]
+
+
+def _column(values: Sequence[float | str]) -> Tensor:
+    return torch.tensor([number_from_json(value) for value in values], dtype=torch.float32)
+
+
+def _metrics_to_json(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics as floats and ints that JSON can hold; scalars of numpy and torch become floats."""
+    return {
+        key: number_to_json(float(value)) if isinstance(value, SupportsFloat) and not isinstance(value, int) else value
+        for key, value in metrics.items()
+    }
+
+
+def _metrics_from_json(metrics: Mapping[str, float | str]) -> dict[str, float]:
+    return {key: number_from_json(value) for key, value in metrics.items()}

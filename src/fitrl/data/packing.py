@@ -6,6 +6,8 @@ share a microbatch, because sequence-level ratios need the whole trajectory.
 
 from __future__ import annotations
 
+import heapq
+import math
 import random
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
@@ -37,6 +39,7 @@ def pack(
     *,
     max_tokens: int | None = None,
     num_batches: int | None = None,
+    multiple_of: int = 1,
     layout: Layout = "auto",
     hidden_size: int = 1024,
     num_tokens: float | None = None,
@@ -51,6 +54,8 @@ def pack(
         samples: trajectories.
         max_tokens: most positions in a microbatch, padding included; None: one microbatch.
         num_batches: exactly so many microbatches instead, of about equal size.
+        multiple_of: with `max_tokens`, rather some more microbatches than a number that this does not divide, so that
+            each of so many ranks has work.
         layout: "auto" takes, per microbatch, the one that costs the transformer less arithmetic.
         hidden_size: width of the model, which decides what attention over a packed row costs.
         num_tokens: trainable tokens of the step; None: those of `samples`.
@@ -72,7 +77,14 @@ def pack(
     chosen = [index for index, sample in enumerate(samples) if sample.advantage != 0.0 or not skip_zero_advantage]
     chosen = chosen or [0]
     packed = [samples[index] for index in chosen]
-    bins = _balance(packed, num_batches) if num_batches is not None else _first_fit(packed, max_tokens, layout)
+    if num_batches is not None:
+        bins = _balance(packed, num_batches)
+    else:
+        bins = _first_fit(packed, max_tokens, layout)
+        if len(bins) % multiple_of:
+            spread = _balance(packed, math.ceil(len(bins) / multiple_of) * multiple_of)
+            if all(_fits([packed[index] for index in indices], max_tokens, layout) for indices in spread):
+                bins = spread
     return [
         _build(
             [packed[index] for index in indices],
@@ -98,27 +110,29 @@ def _first_fit(samples: Sequence[Sample], max_tokens: int | None, layout: Layout
         if needed > max_tokens:
             raise InvalidArgumentError(f"a trajectory takes {needed} positions, max_tokens={max_tokens} allows fewer")
     lengths = [[len(history) - 1 for history in sample.histories] for sample in samples]
-    size = [max(row) for row in lengths] if layout == "padded" else [sum(row) for row in lengths]
-    order = sorted(range(len(samples)), key=lambda index: (-size[index], index))
+    # the first sample of a bin is its widest, so that a padded bin has a fixed number of rows, a packed one of tokens
+    if layout == "padded":
+        size, need = [max(row) for row in lengths], [len(row) for row in lengths]
+    else:
+        size = need = [sum(row) for row in lengths]
     bins: list[list[int]] = []
-    used: list[int] = []
-    widest: list[int] = []
-    for index in order:
-        for place in range(len(bins)):
-            if layout == "padded":
-                grown = (used[place] + len(lengths[index])) * max(widest[place], size[index])
-            else:
-                grown = used[place] + size[index]
-            if grown <= max_tokens:
-                break
+    # a binary tree over the bins: each node holds the most room that a bin below it has left
+    leaves = 1 << (len(samples) - 1).bit_length()
+    room = [0] * (2 * leaves)
+    for index in sorted(range(len(samples)), key=lambda index: (-size[index], index)):
+        if bins and room[1] >= need[index]:
+            node = 1
+            while node < leaves:
+                node = 2 * node if room[2 * node] >= need[index] else 2 * node + 1
         else:
-            place = len(bins)
+            node = leaves + len(bins)
             bins.append([])
-            used.append(0)
-            widest.append(0)
-        bins[place].append(index)
-        used[place] += len(lengths[index]) if layout == "padded" else size[index]
-        widest[place] = max(widest[place], size[index])
+            room[node] = max_tokens // size[index] if layout == "padded" else max_tokens
+        bins[node - leaves].append(index)
+        room[node] -= need[index]
+        while node > 1:
+            node //= 2
+            room[node] = max(room[2 * node], room[2 * node + 1])
     return [sorted(indices) for indices in bins]
 
 
@@ -126,12 +140,17 @@ def _balance(samples: Sequence[Sample], num_batches: int) -> list[list[int]]:
     """Largest first onto the emptiest microbatch."""
     order = sorted(range(len(samples)), key=lambda index: (-samples[index].num_input_tokens, index))
     bins: list[list[int]] = [[] for _ in range(min(num_batches, len(samples)))]
-    load = [0] * len(bins)
+    loads = [(0, place) for place in range(len(bins))]  # a heap: the emptiest first
     for index in order:
-        place = min(range(len(bins)), key=lambda candidate: (load[candidate], candidate))
+        load, place = loads[0]
         bins[place].append(index)
-        load[place] += samples[index].num_input_tokens
+        heapq.heapreplace(loads, (load + samples[index].num_input_tokens, place))
     return [sorted(indices) for indices in bins]
+
+
+def _fits(samples: Sequence[Sample], max_tokens: int | None, layout: Layout) -> bool:
+    histories = [history for sample in samples for history in sample.histories]
+    return max_tokens is None or num_positions(histories, padded=layout == "padded") <= max_tokens
 
 
 def _build(

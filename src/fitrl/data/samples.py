@@ -74,6 +74,11 @@ class SampleSet:
     reward_std: float
 
     @property
+    def flat(self) -> list[Sample]:
+        """The samples of all groups, in order; what `pack` takes."""
+        return [sample for samples in self.groups for sample in samples]
+
+    @property
     def num_trajectories(self) -> int:
         """Trajectories in the trainable groups."""
         return sum(map(len, self.groups))
@@ -90,6 +95,7 @@ def build_samples(
     padded: bool = False,
     teaches_without_advantage: bool = False,
     train_unsampled: bool = False,
+    vocabulary_size: int | None = None,
 ) -> SampleSet:
     """Tokenize groups, compute advantages, drop what cannot teach.
 
@@ -103,21 +109,22 @@ def build_samples(
         padded: count a trajectory as it is when each history is filled up to its longest.
         teaches_without_advantage: keep flat groups, for objectives with a term that needs no advantage.
         train_unsampled: see `tokenize`.
+        vocabulary_size: the policy's; token ids have to be below it. None: not checked.
 
     Raises:
-        DataError: no groups, a reward that is not finite, or a trajectory that cannot be read; the message
-            says which.
+        DataError: no groups, a reward that is not finite, a token id outside the vocabulary, or a trajectory that
+            cannot be read; the message says which.
     """
     start = time.perf_counter()
     if not groups:
         raise DataError("groups is empty: pass at least one TrajectoryGroup")
-    tokenized = _read(groups, tokenizer, train_unsampled)
+    tokenized = _read(groups, tokenizer, train_unsampled, vocabulary_size)
     dropped = dict.fromkeys(("flat_groups", "empty_groups", "overlong_trajectories", "empty_trajectories"), 0)
     kept: list[list[Sample]] = []
     absolutes: list[float] = []
     for index, group in enumerate(groups):
-        rewards = group.rewards
         try:
+            rewards = group.rewards
             advantages = balance(group_advantages(rewards, scale_rewards=scale_rewards), advantage_balance)
         except DataError as error:
             raise DataError(f"group {index}: {error}") from error
@@ -164,7 +171,10 @@ def build_samples(
 
 
 def _read(
-    groups: Sequence[TrajectoryGroup], tokenizer: PreTrainedTokenizerBase, train_unsampled: bool
+    groups: Sequence[TrajectoryGroup],
+    tokenizer: PreTrainedTokenizerBase,
+    train_unsampled: bool,
+    vocabulary_size: int | None,
 ) -> list[list[Tokenized]]:
     """Token histories of every trajectory, checked; an error says whose."""
     rows: list[list[Tokenized]] = []
@@ -175,14 +185,17 @@ def _read(
         for place, trajectory in enumerate(group):
             with _naming(index, place):
                 rows[-1].append(read_tokens(trajectory, tokenizer, train_unsampled=train_unsampled))
-    need_logprobs = not train_unsampled
+
+    def check_all(histories: Sequence[TokenHistory]) -> None:
+        check(histories, need_logprobs=not train_unsampled, vocabulary_size=vocabulary_size)
+
     try:
-        check([history for row in rows for tokens in row for history in tokens.histories], need_logprobs=need_logprobs)
+        check_all([history for row in rows for tokens in row for history in tokens.histories])
     except DataError:
         for index, row in enumerate(rows):
             for place, tokens in enumerate(row):
                 with _naming(index, place):
-                    check(tokens.histories, need_logprobs=need_logprobs)
+                    check_all(tokens.histories)
         raise
     return rows
 

@@ -77,15 +77,23 @@ def read_tokens(
     return tokenized
 
 
-def check(histories: Sequence[TokenHistory], *, need_logprobs: bool) -> None:
+def check(histories: Sequence[TokenHistory], *, need_logprobs: bool, vocabulary_size: int | None = None) -> None:
     """Check the numbers of token histories.
 
     Raises:
-        DataError: a logprob is missing, positive or infinite, a temperature is not above 0, or the first token of a
-            history is to be trained on.
+        DataError: a token id is outside the vocabulary, a logprob is missing, positive or infinite, a temperature is
+            not above 0, or the first token of a history is to be trained on.
     """
     if not histories:
         return
+    if vocabulary_size is not None:
+        ids = torch.cat([history.token_ids for history in histories])
+        outside = (ids < 0) | (ids >= vocabulary_size)
+        if bool(outside.any()):
+            raise DataError(
+                f"token id {int(ids[outside][0])} is outside the policy's vocabulary, 0 to {vocabulary_size - 1}: was "
+                "the trajectory sampled from another model?"
+            )
     mask = torch.cat([history.mask for history in histories])
     lengths = torch.tensor([len(history) for history in histories])
     if bool(mask[(lengths.cumsum(0) - lengths)[lengths > 0]].any()):
@@ -190,7 +198,7 @@ def _tokenize_history(
 ) -> list[TokenHistory]:
     messages = history.messages()
     segments: list[_Segment] = []
-    for index, item in enumerate(history.messages_and_choices):
+    for index, item in enumerate(history.items()):
         if isinstance(item, Completion):
             prompt = (
                 list(item.prompt_ids)

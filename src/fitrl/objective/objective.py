@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 from torch import Tensor
 
 from fitrl.errors import InvalidArgumentError
+from fitrl.objective.checks import check_types
 
 ImportanceSamplingLevel: TypeAlias = Literal["token", "sequence", "average", "geometric_average"]
 LossAggregation: TypeAlias = Literal[
@@ -68,6 +69,7 @@ class Objective:
     norm_length: float | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         _one_of("importance_sampling_level", self.importance_sampling_level, ImportanceSamplingLevel)
         _one_of("loss_aggregation", self.loss_aggregation, LossAggregation)
         _one_of("kl_in", self.kl_in, KLPlace)
@@ -126,6 +128,11 @@ class Objective:
     def _check_bounds_that_never_bind(self) -> None:
         high = self.ratio_window[1]
         cap = self.max_negative_advantage_importance_sampling_weight
+        if self.epsilon is not None and self.epsilon > 1 and (not self.ppo or self.epsilon_high is not None):
+            raise InvalidArgumentError(
+                f"epsilon={self.epsilon} has no effect: a ratio is above 0, so no window that starts below 0 clips it; "
+                "use at most 1"
+            )
         if self.kimi_k2_tau == 0.0:
             raise InvalidArgumentError("kimi_k2_tau=0 has no effect; leave it at None")
         if cap is not None and not self.ppo and cap >= high:
@@ -208,11 +215,7 @@ class LossInputs:
         num_sequences: scalar, trajectories of the whole optimizer step.
         rollout_logprobs: [T] float32, o; NaN where unknown.
         reference_logprobs: [T] float32, when `reference` is set.
-        logprobs: [T] float32 with grad, for `inputs = "logprobs"`.
-        logits: [T, V] float32 with grad, divided by the temperature, for `inputs = "logits"`.
-        hidden: [T, H] with grad, last hidden states, for `inputs = "hidden"`.
-        weight: [V, H] of the output head, for `inputs = "hidden"`.
-        bias: [V] or None, of the output head, for `inputs = "hidden"`.
+        outputs: what the objective asked the model for; read it by the properties of the same names.
     """
 
     targets: Tensor
@@ -225,21 +228,60 @@ class LossInputs:
     num_sequences: Tensor
     rollout_logprobs: Tensor
     reference_logprobs: Tensor | None = None
-    logprobs: Tensor | None = None
-    logits: Tensor | None = None
-    hidden: Tensor | None = None
-    weight: Tensor | None = None
-    bias: Tensor | None = None
+    outputs: Mapping[str, Tensor]
+
+    @property
+    def logprobs(self) -> Tensor:
+        """[T] float32 with grad, for `inputs = "logprobs"`."""
+        return self._asked_for("logprobs", "logprobs")
+
+    @property
+    def logits(self) -> Tensor:
+        """[T, V] float32 with grad, divided by the temperature, for `inputs = "logits"`."""
+        return self._asked_for("logits", "logits")
+
+    @property
+    def hidden(self) -> Tensor:
+        """[T, H] with grad, last hidden states, for `inputs = "hidden"`."""
+        return self._asked_for("hidden", "hidden")
+
+    @property
+    def weight(self) -> Tensor:
+        """[V, H] of the output head, for `inputs = "hidden"`."""
+        return self._asked_for("weight", "hidden")
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[V] of the output head, if it has one, for `inputs = "hidden"`."""
+        self._asked_for("hidden", "hidden")
+        return self.outputs.get("bias")
+
+    def _asked_for(self, name: str, inputs: str) -> Tensor:
+        if name not in self.outputs:
+            raise InvalidArgumentError(f"this objective reads {name} without asking for them: set inputs = {inputs!r}")
+        return self.outputs[name]
 
 
 @runtime_checkable
 class CustomObjective(Protocol):
-    """A loss of your own: says what it needs from the model, and is called with `LossInputs`."""
+    """A loss of your own: says what it needs from the model, and is called with `LossInputs`.
 
-    inputs: Literal["logprobs", "logits", "hidden"]
+    Groups whose rewards are all equal have advantage 0 and are dropped before it is called. An objective that
+    learns from them all the same (an entropy bonus, distillation) says so by an attribute
+    `teaches_without_advantage = True`.
+    """
+
+    @property
+    def inputs(self) -> Literal["logprobs", "logits", "hidden"]:
+        """What it needs from the model; a class attribute will do, `inputs: Literal["logprobs"] = "logprobs"`."""
 
     def __call__(self, inputs: LossInputs, /) -> PolicyLoss:
         """Return the loss, divided by the global denominators in `inputs`."""
+
+
+def teaches_without_advantage(objective: Objective | CustomObjective) -> bool:
+    """Whether a group without advantages still has a gradient; a custom objective says so by an attribute."""
+    return bool(getattr(objective, "teaches_without_advantage", False))
 
 
 def _one_of(name: str, value: Any, allowed: Any) -> None:

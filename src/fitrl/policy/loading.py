@@ -19,7 +19,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fitrl.errors import CheckpointError, InvalidArgumentError, MissingDependencyError, ModelNotFoundError
+from fitrl.errors import (
+    CheckpointError,
+    InvalidArgumentError,
+    MissingDependencyError,
+    ModelNotFoundError,
+    UnsupportedError,
+)
 from fitrl.objective.fused_linear import linear_logits
 from fitrl.policy.attention import attention_kernels
 from fitrl.policy.head import is_linear, weight_and_bias
@@ -31,7 +37,7 @@ _log = logging.getLogger(__name__)
 _PROBE_TOLERANCE = 1e-4
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # no slots: the command line reads defaults with vars()
 class LoraSettings:
     """Low-rank adapters (Hu et al. 2021) on the base model's frozen weights.
 
@@ -128,6 +134,23 @@ class Policy:
         weight, bias = self.head
         return linear_logits(hidden, weight, bias=bias, softcap=self.softcap)
 
+    @torch.no_grad()
+    def own_logits(self, hidden: Tensor) -> Tensor:
+        """Logits [T, V] of hidden states [T, H] by the model's own code, whatever it does after the decoder layers."""
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        model: Any = self.causal_lm
+        decoder = model.base_model
+        decoded = iter([BaseModelOutputWithPast(last_hidden_state=hidden[None])])
+        decoder.forward = lambda *args, **kwargs: next(decoded)
+        try:
+            logits: Tensor = model(input_ids=torch.zeros(1, len(hidden), dtype=torch.int64), use_cache=False).logits
+        finally:
+            del decoder.forward
+        if next(decoded, None) is not None:
+            raise UnsupportedError(f"{type(model).__name__} does not call its base_model, so its head cannot run alone")
+        return logits[0]
+
     def full_logits(self, input_ids: Tensor, position_ids: Tensor | None = None, **cache: Any) -> Any:
         """Run the whole model; returns transformers' output with `logits` [B, L, V]."""
         return self._run(self.causal_lm, input_ids, position_ids, cache)
@@ -183,6 +206,7 @@ def load_policy(
 
     Raises:
         ModelNotFoundError: nothing by that name.
+        CheckpointError: the folder of weights holds none that can be loaded.
     """
     from transformers import AutoModelForCausalLM
 
@@ -194,6 +218,8 @@ def load_policy(
                 folder, dtype=torch.float32, **options, **(_dequantized() if "gguf_file" in options else {})
             )
     except (OSError, ValueError, SafetensorError, struct.error) as error:
+        if weights is not None and not is_adapter_folder:
+            raise CheckpointError(f"{weights} holds no weights that can be loaded: {_first_line(error)}") from error
         raise _not_found(base_model, error) from error
     if "gguf_file" in options and getattr(network, "hf_quantizer", None) is not None:
         # the weights are plain float32 by now; transformers would refuse to save them all the same
@@ -201,7 +227,10 @@ def load_policy(
     if is_adapter_folder:
         from peft import PeftModel
 
-        network = PeftModel.from_pretrained(network, str(weights), is_trainable=lora is not None)
+        try:
+            network = PeftModel.from_pretrained(network, str(weights), is_trainable=lora is not None)
+        except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
+            raise CheckpointError(f"{weights} holds no adapters that fit: {_first_line(error)}") from error
     elif lora is not None:
         network = _with_adapters(network, lora)
     _disable_dropout(network)
@@ -304,11 +333,14 @@ def _dequantized() -> dict[str, Any]:
 
 
 def _not_found(base_model: str, error: Exception) -> ModelNotFoundError:
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return ModelNotFoundError(
         f"base_model {base_model!r} cannot be loaded: it is neither 'tiny', nor a folder or GGUF file here, nor a hub "
-        f"id that can be reached ({first_line})"
+        f"id that can be reached ({_first_line(error)})"
     )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _with_adapters(network: PreTrainedModel, lora: LoraSettings) -> Any:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from fitrl.errors import InvalidArgumentError
+
 
 class RawTotals(Metric):
     """Named raw scalars; a name that ends in `_max` is reduced by maximum, any other by sum.
@@ -40,6 +42,12 @@ class RawTotals(Metric):
                 tuple(name for name in values if name.endswith("_max")),
             )
         summed, peaked = self.names
+        if values.keys() != {*summed, *peaked}:
+            changed = sorted(values.keys() ^ {*summed, *peaked})
+            raise InvalidArgumentError(
+                f"an objective must return the same metrics for every microbatch of a call; {', '.join(changed)} came "
+                "or went: return 0 where there is nothing to count"
+            )
         if summed:
             self.sums = self.sums + torch.stack([values[name].double() for name in summed])
         if peaked:

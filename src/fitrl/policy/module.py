@@ -7,6 +7,8 @@ mean over ranks, because the batch carries the global denominators.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +18,9 @@ import lightning
 import torch
 from torch import Tensor, nn
 
-from fitrl.data.batch import Batch
-from fitrl.errors import InvalidArgumentError, UnsupportedError
+from fitrl.data.batch import Batch, ModelInputs
+from fitrl.errors import InvalidArgumentError, NonFiniteGradientError, UnsupportedError
+from fitrl.objective.custom import evaluate
 from fitrl.objective.fused_linear import fused_linear_policy_loss, linear_logprobs, logits_logprobs
 from fitrl.objective.objective import CustomObjective, LossInputs, Objective, PolicyLoss
 from fitrl.objective.policy_loss import policy_loss
@@ -32,7 +35,7 @@ _KEEP_NO_RESULT = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # no slots: the command line reads defaults with vars()
 class AdamWSettings:
     """AdamW (Loshchilov and Hutter 2019) of a policy; the learning rate is an argument of `fit_rl`.
 
@@ -85,8 +88,10 @@ class PolicyModule(lightning.LightningModule):
         self.reward_history: list[tuple[int, float]] = []
         self.call_metrics: dict[str, float] = {}
         self.host_metrics: dict[str, float] = {}
+        self.clock: tuple[float, float] | None = None  # start of the running call, tokens that it learns from
         self._observed: list[dict[str, float]] = []
         self.last_grad_norm: Tensor | None = None
+        self._broken_at: Tensor | None = None  # the first step whose gradient was not finite; inf: none was
         self.last_loss: PolicyLoss | None = None
         self.totals = CallTotals()
         self.network: nn.Module | None = None
@@ -94,7 +99,7 @@ class PolicyModule(lightning.LightningModule):
         self._compile = compile
         self.activation_checkpointing = activation_checkpointing
         self._policy: Policy | None = None
-        self._reference: tuple[str, Policy] | None = None
+        self._reference: tuple[object, Policy] | None = None
 
     # -- the policy ---------------------------------------------------------------------------------------------
 
@@ -142,7 +147,7 @@ class PolicyModule(lightning.LightningModule):
             "num_sequences": targets.num_sequences,
         }
         if not isinstance(objective, Objective):
-            return objective(self._custom_inputs(batch, objective))
+            return evaluate(objective, self._custom_inputs(batch, objective))
         fixed = (targets.old_logprobs, targets.advantages, targets.mask, targets.trajectory_ids, objective)
         if policy.has_linear_head:
             weight, bias = policy.head
@@ -165,14 +170,15 @@ class PolicyModule(lightning.LightningModule):
 
     def _custom_inputs(self, batch: Batch, objective: CustomObjective) -> LossInputs:
         targets, policy = batch.loss_inputs, self.policy
-        extra: dict[str, Tensor | None] = {}
+        outputs: dict[str, Tensor] = {}
         if objective.inputs == "logits":
-            extra["logits"] = self._logit_rows(batch)
+            outputs["logits"] = self._logit_rows(batch)
         elif objective.inputs == "logprobs":
-            extra["logprobs"] = self._logprob_rows(batch)
+            outputs["logprobs"] = self._logprob_rows(batch)
         elif objective.inputs == "hidden" and policy.has_linear_head:
-            extra["hidden"] = self._hidden_rows(batch)
-            extra["weight"], extra["bias"] = policy.head
+            outputs["hidden"] = self._hidden_rows(batch)
+            outputs["weight"], bias = policy.head
+            outputs |= {} if bias is None else {"bias": bias}
         elif objective.inputs == "hidden":
             raise UnsupportedError(
                 f"{type(policy.causal_lm).__name__} has no plain linear head, so an objective over hidden states would "
@@ -193,7 +199,7 @@ class PolicyModule(lightning.LightningModule):
             num_sequences=targets.num_sequences,
             rollout_logprobs=targets.rollout_logprobs,
             reference_logprobs=targets.reference_logprobs,
-            **extra,
+            outputs=outputs,
         )
 
     @torch.no_grad()
@@ -207,25 +213,34 @@ class PolicyModule(lightning.LightningModule):
             network: Any = self.network
             with network.disable_adapter():
                 return self.score(batch)
-        if self._reference is None or self._reference[0] != reference:
+        key = (reference, () if reference == "base" else _files(Path(reference)))
+        if self._reference is None or self._reference[0] != key:
+            self._reference = None  # free the old one first
             policy = load_policy(
                 self.model.base_model,
                 weights=None if reference == "base" else Path(reference),
                 tokenizer=self.policy.tokenizer,
             )
-            policy.network.requires_grad_(False).eval().to(self.device)
-            self._reference = (reference, policy)
+            if policy.vocabulary_size < self.policy.vocabulary_size:
+                raise InvalidArgumentError(
+                    f"reference={reference!r} reads {policy.vocabulary_size} token ids, the policy "
+                    f"{self.policy.vocabulary_size}: take a checkpoint of the same base_model"
+                )
+            policy.network.requires_grad_(False).eval()
+            # in the policy's own precision: else rounding would look like a distance from the reference
+            self.trainer.precision_plugin.convert_module(policy.network).to(self.device)
+            self._reference = (key, policy)
         return self.score(batch, self._reference[1])
 
     def _hidden_rows(self, batch: Batch, policy: Policy | None = None) -> Tensor:
         """Last hidden states [R, H] of the positions that predict a target."""
-        inputs = batch.model_inputs
+        inputs = _readable(batch, policy or self.policy)
         hidden: Tensor = (policy or self.policy).hidden(inputs.input_ids, inputs.position_ids).last_hidden_state
         return hidden.flatten(0, 1).index_select(0, batch.loss_inputs.rows)
 
     def _logit_rows(self, batch: Batch, policy: Policy | None = None) -> Tensor:
         """Logits [R, V] of the whole model, float32 (float64 stays), divided by the temperature."""
-        inputs, targets = batch.model_inputs, batch.loss_inputs
+        inputs, targets = _readable(batch, policy or self.policy), batch.loss_inputs
         logits: Tensor = (policy or self.policy).full_logits(inputs.input_ids, inputs.position_ids).logits
         rows = logits.flatten(0, 1).index_select(0, targets.rows)
         rows = rows if rows.dtype == torch.float64 else rows.float()
@@ -234,6 +249,8 @@ class PolicyModule(lightning.LightningModule):
     def _logprob_rows(self, batch: Batch, policy: Policy | None = None, *, rows_per_tile: int | None = None) -> Tensor:
         policy = policy or self.policy
         targets = batch.loss_inputs
+        if not policy.has_linear_head and rows_per_tile is not None:
+            return self._logprobs_by_tiles(batch, policy, rows_per_tile)
         if not policy.has_linear_head:
             return self._logprobs_of_logits(batch, policy)[0]
         weight, bias = policy.head
@@ -252,7 +269,7 @@ class PolicyModule(lightning.LightningModule):
         self, batch: Batch, policy: Policy, *, with_entropies: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Logprobs [R] and entropies of a model whose head cannot be taken apart; the logits are used up."""
-        inputs, targets = batch.model_inputs, batch.loss_inputs
+        inputs, targets = _readable(batch, policy), batch.loss_inputs
         logits: Tensor = policy.full_logits(inputs.input_ids, inputs.position_ids).logits
         maker = logits.grad_fn
         return logits_logprobs(
@@ -263,6 +280,15 @@ class PolicyModule(lightning.LightningModule):
             with_entropies=with_entropies,
             in_place=maker is not None and maker.name() in _KEEP_NO_RESULT,
         )
+
+    def _logprobs_by_tiles(self, batch: Batch, policy: Policy, rows_per_tile: int) -> Tensor:
+        """Logprobs [R] by the model's own head, so many rows of logits at a time; for passes without a gradient."""
+        targets = batch.loss_inputs
+        columns = (self._hidden_rows(batch, policy), targets.targets, targets.temperature)
+        logprobs: list[Tensor] = []
+        for hidden, chosen, temperature in zip(*(torch.split(c, rows_per_tile) for c in columns), strict=True):
+            logprobs.append(logits_logprobs(policy.own_logits(hidden), chosen, temperature=temperature)[0])
+        return torch.cat(logprobs)
 
     def observe(self, metrics: dict[str, float]) -> None:
         """Take host-side metrics of the running epoch; several are averaged."""
@@ -294,37 +320,82 @@ class PolicyModule(lightning.LightningModule):
         metrics.pop("val/loss/learning_rate", None)
         self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
 
+    def on_validation_epoch_end(self) -> None:
+        """Log what the data module observed of its held-out rollouts."""
+        told = {key: value for key, value in self.host_metrics.items() if key.startswith("val/")}
+        self.log_dict(told, sync_dist=True)
+        self.host_metrics = {key: value for key, value in self.host_metrics.items() if key not in told}
+        self._observed = [seen for seen in self._observed if not told.keys() & seen.keys()]
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Measure the gradient before it is clipped."""
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.last_grad_norm = torch.nn.utils.get_total_norm(grads)
-        rate = torch.tensor(float(optimizer.param_groups[0]["lr"]), dtype=torch.float64)
+        share = 1.0 / self.trainer.world_size  # every rank takes the step, and what they tell is summed
+        used = float(optimizer.param_groups[0]["lr"])
+        if not (math.isfinite(used) and used >= 0):
+            raise InvalidArgumentError(
+                f"the learning rate after {self.trainer.global_step} steps is {used}: lr_schedule must return a finite "
+                "number of at least 0"
+            )
+        rate = torch.tensor(used * share, dtype=torch.float64)
         norm = self.last_grad_norm.detach()
+        broken_at = torch.where(norm.isfinite(), torch.inf, self.trainer.global_step + 1.0)
+        self._broken_at = broken_at if self._broken_at is None else torch.minimum(self._broken_at, broken_at)
         self.totals.steps.update(
             {
-                "grad_norm": norm,
+                "grad_norm": norm * share,
                 "learning_rate": rate.to(norm.device, non_blocking=True),
-                "step_count": torch.ones_like(norm),
+                "step_count": torch.full_like(norm, share),
             }
         )
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Tell the model which step it stands at."""
+        self.model.step = self.trainer.global_step
 
     def on_train_epoch_start(self) -> None:
         """Forget the last call's raw metrics."""
         self.totals.reset(self.device)
+        self._broken_at = None
+        if self.clock is not None and "reward/mean" in self.host_metrics:
+            # Lightning's bars are drawn for the last time before the end of the epoch, where the others are known
+            self.trainer.progress_bar_metrics["reward/mean"] = self.host_metrics["reward/mean"]
 
     def on_train_epoch_end(self) -> None:
-        """Reduce the raw metrics, derive the public ones, hand them to callbacks, progress bar and loggers."""
+        """Reduce the raw metrics, derive the public ones, hand them to callbacks, progress bar and loggers.
+
+        Raises:
+            NonFiniteGradientError: a step was taken with a gradient that is not finite.
+        """
+        self._refuse_non_finite_gradients()
         self.call_metrics = self.host_metrics | self.totals.compute() | {"objective/exact": 1.0}
+        if self.clock is not None:  # after the totals, which wait for the device
+            start, tokens = self.clock
+            self.clock = None
+            seconds = time.perf_counter() - start
+            self.call_metrics |= {"time/train_s": seconds, "throughput/tokens_per_s": tokens / seconds}
         self._observed.clear()
         # these are Python floats that are reduced already; Module.log would make a metric object of each, every call
         trainer = self.trainer
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.call_metrics.items()})
-        shown = ("reward/mean", "loss/train", "mismatch/kl")
+        shown = ("reward/mean", "loss/train", "mismatch/kl", "throughput/tokens_per_s")
         trainer.progress_bar_metrics.update(
             {name: self.call_metrics[name] for name in shown if name in self.call_metrics}
         )
         for logger in trainer.loggers:
             logger.log_metrics(self.call_metrics, step=trainer.global_step)
+        self.model.told.note(trainer.loggers, self.call_metrics, trainer.global_step)
+
+    def _refuse_non_finite_gradients(self) -> None:
+        """Look once at what all steps noted, when the device is waited for anyway."""
+        if self._broken_at is None or getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            return  # a gradient scaler skips such steps by itself
+        if math.isfinite(step := float(self._broken_at)):
+            raise NonFiniteGradientError(
+                f"the gradient of step {step:.0f} was not finite, so the weights are not since: go on from the newest "
+                "checkpoint, as fit_rl does by itself, with a lower learning rate or gradient_clip_val"
+            )
 
     def configure_optimizers(self) -> Any:
         """AdamW, and the schedule as a factor on its learning rate."""
@@ -344,6 +415,21 @@ class PolicyModule(lightning.LightningModule):
 
 def _constant(step: int) -> float:
     return 1.0
+
+
+def _readable(batch: Batch, policy: Policy) -> ModelInputs:
+    """A batch's model inputs, if its layout is one that the policy keeps apart."""
+    if batch.layout == "packed" and not policy.can_pack:
+        raise InvalidArgumentError(
+            f"{type(policy.causal_lm).__name__} mixes histories that share a row: use pack(..., layout='padded')"
+        )
+    return batch.model_inputs
+
+
+def _files(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
+    """What tells a folder from the same folder written again."""
+    stats = [(path.name, path.stat()) for path in sorted(folder.iterdir())]
+    return tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 
 
 def _decoder_layers(policy: Policy) -> list[nn.Module]:

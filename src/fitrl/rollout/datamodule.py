@@ -8,12 +8,13 @@ from typing import Any
 
 import lightning
 
+from fitrl.data import ranks
 from fitrl.data.batch import Batch
 from fitrl.data.groups import TrajectoryGroup
 from fitrl.data.packing import pack
 from fitrl.data.samples import build_samples
 from fitrl.errors import DataError, InvalidArgumentError
-from fitrl.objective.objective import Objective
+from fitrl.objective.objective import Objective, teaches_without_advantage
 from fitrl.policy.module import PolicyModule
 from fitrl.rollout.rollout import Agent, Reward, Task, rollout
 from fitrl.rollout.transformers import TransformersSampler
@@ -107,38 +108,44 @@ class RolloutDataModule(lightning.LightningDataModule):
         )
 
     def batches(self, groups: Sequence[TrajectoryGroup], num_batches: int, *, train: bool) -> list[Batch]:
-        """Microbatches of groups; none when nothing in them can teach."""
+        """This rank's microbatches of groups; none when nothing in them can teach."""
         module = self._module()
-        policy, objective = module.policy, module.objective
-        needless = isinstance(objective, Objective) and objective.teaches_without_advantage
+        policy = module.policy
         samples = build_samples(
             groups,
             policy.tokenizer,
+            vocabulary_size=policy.vocabulary_size,
             scale_rewards=self.scale_rewards,
             advantage_balance=self.advantage_balance,
             max_history_tokens=policy.context_length,
-            teaches_without_advantage=needless or not train,
+            teaches_without_advantage=not train or teaches_without_advantage(module.objective),
         )
         prefix = "" if train else "val/"
         module.observe({f"{prefix}{key}": value for key, value in samples.metrics.items()})
-        flat = [sample for group in samples.groups for sample in group]
-        if not flat:
+        if not samples.groups:
             return []
         batches = pack(
-            flat,
-            num_batches=num_batches,
+            samples.flat,
+            num_batches=num_batches * ranks.world_size(),
             layout="auto" if policy.can_pack else "padded",
             hidden_size=policy.hidden_size,
             measures_mismatch=train,
         )
-        return batches + [batches[0].filler() for _ in range(num_batches - len(batches))]
+        fillers = [batches[0].filler() for _ in range(num_batches * ranks.world_size() - len(batches))]
+        return ranks.share_of(batches + fillers)
 
     def _module(self) -> PolicyModule:
         module = self.trainer.lightning_module if self.trainer is not None else None
         if not isinstance(module, PolicyModule):
             raise DataError(f"RolloutDataModule samples with a PolicyModule, got {type(module).__name__}")
-        if isinstance(module.objective, Objective) and module.objective.kl_coef > 0:
+        objective = module.objective
+        if isinstance(objective, Objective) and objective.kl_coef > 0:
             raise InvalidArgumentError("RolloutDataModule computes no reference logprobs; use fit_rl for kl_coef > 0")
+        if isinstance(objective, Objective) and objective.truncated_importance_sampling is not None:
+            raise InvalidArgumentError(
+                "RolloutDataModule recomputes no old logprobs, so truncated_importance_sampling has no effect; use "
+                "fit_rl(precalculate_logprobs=True)"
+            )
         return module
 
 

@@ -10,6 +10,9 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, S
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
+import torch
+
+from fitrl.data import ranks
 from fitrl.data.completion import Completion, Message, Tool
 from fitrl.data.gather import gather
 from fitrl.data.groups import Trajectory, TrajectoryGroup
@@ -121,6 +124,9 @@ def rollout(
 ) -> list[TrajectoryGroup]:
     """Attempt each task `group_size` times and return one group per task.
 
+    With several ranks, once a trainer has connected them, each attempts its share of the tasks and all return all
+    groups; they have to be given the same tasks.
+
     Args:
         sampler: what answers, `trainer.sampler(model)` say.
         tasks: each a prompt string, a list of chat messages, a mapping with "messages" or "prompt", or anything
@@ -183,8 +189,12 @@ async def rollout_async(
     """`rollout` for code that has an event loop."""
     if group_size < 1:
         raise InvalidArgumentError(f"group_size must be at least 1, got {group_size}")
-    if isinstance(stop, str):
-        raise InvalidArgumentError(f"stop must be a list of strings, got the string {stop!r}")
+    if isinstance(stop, str) or not isinstance(stop, Sequence):
+        raise InvalidArgumentError(f"stop must be a list of strings, got {stop!r}")
+
+    tasks = list(tasks)
+    if seed is None and ranks.world_size() > 1:
+        seed = int(ranks.collect(str(int(torch.randint(2**40, ()))))[0])  # ranks may have drawn the same numbers so far
 
     async def attempt(task: Task, number: int) -> Trajectory:
         chat = Chat(
@@ -205,9 +215,24 @@ async def rollout_async(
 
     groups = [
         TrajectoryGroup([attempt(task, index * group_size + i) for i in range(group_size)])
-        for index, task in enumerate(tasks)
+        for index, task in ranks.share_of(list(enumerate(tasks)))
     ]
-    return await gather(groups, max_concurrency=max_concurrency, max_exceptions=max_exceptions, progress=progress)
+    attempts = gather(groups, max_concurrency=max_concurrency, max_exceptions=max_exceptions, progress=progress)
+    return await attempts if ranks.world_size() == 1 else await _exchanged(attempts, len(tasks))
+
+
+async def _exchanged(attempts: Awaitable[list[TrajectoryGroup]], num_groups: int) -> list[TrajectoryGroup]:
+    """Every rank's groups, in the order of the tasks."""
+    text = ""
+    failure: Exception | None = None
+    try:
+        text = "\n".join(group.to_json() for group in await attempts)
+    except Exception as error:
+        failure = error
+    ranks.settle(failure)
+    by_rank = [said.splitlines() for said in ranks.collect(text)]
+    size = ranks.world_size()
+    return [TrajectoryGroup.from_json(by_rank[index % size][index // size]) for index in range(num_groups)]
 
 
 async def one_turn(chat: Chat, task: Task) -> Trajectory:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fitrl.data.completion import Completion
 from fitrl.errors import InvalidArgumentError, SamplerError
-from fitrl.policy.loading import Policy
+from fitrl.policy.loading import Policy, trained_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -101,13 +101,9 @@ class TransformersSampler:
     def update(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Copy weights in (those that are shared with the trainer are there already) and take their version."""
         with self.lock, torch.no_grad():
-            network: Any = self.policy.network
-            own = network.state_dict(keep_vars=True)
-            if self.policy.is_adapter:
-                from peft import get_peft_model_state_dict
-
-                own = get_peft_model_state_dict(network, state_dict=own)
+            own: Mapping[str, Tensor] | None = None
             for name, tensor in weights:
+                own = own or trained_state(self.policy)
                 if name not in own or own[name].shape != tensor.shape:
                     raise SamplerError(f"the weight {name!r} {tuple(tensor.shape)} does not fit this sampler's policy")
                 if own[name].data_ptr() != tensor.data_ptr():
@@ -181,7 +177,7 @@ class TransformersSampler:
         if not 0 <= min(prompt_ids) <= max(prompt_ids) < size:
             wrong = next(token for token in prompt_ids if not 0 <= token < size)
             raise InvalidArgumentError(f"prompt_ids holds {wrong}; the policy's vocabulary is 0 to {size - 1}")
-        if isinstance(stop, str) or not all(stop):
+        if isinstance(stop, str) or not isinstance(stop, Sequence) or not all(stop):
             raise InvalidArgumentError(f"stop must be a list of strings that are not empty, got {stop!r}")
         for name, value in (("n", n), ("max_new_tokens", max_new_tokens)):
             if value < 1:

@@ -69,7 +69,7 @@ class Sticky(Strategy):
             optimizer.zero_grad(set_to_none=True)
 
     def close(self) -> None:
-        """Tear down for real."""
+        """Tear down for real; the process group stays until the process ends, because ranks can make it once only."""
         self.keep_alive = False
         if self._live is not None or self._environment_is_set_up:
             self.teardown()

@@ -6,7 +6,7 @@ They are Lightning's own hooks, driven by hand: `forward_backward` is `training_
 
 from __future__ import annotations
 
-import random
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from fitrl import _compat
+from fitrl.data import ranks
 from fitrl.data.batch import Batch
 from fitrl.errors import CheckpointError, InvalidArgumentError, NothingAccumulatedError, SessionError
 from fitrl.objective.objective import CustomObjective, Objective
-from fitrl.policy import checkpoints
+from fitrl.policy import checkpoints, random_state
 from fitrl.policy.attention import attention_kernels
 from fitrl.policy.loading import load_weights, save_weights
 from fitrl.policy.module import PolicyModule
@@ -38,6 +39,12 @@ class PolicyVerbs(Sticky):
     """`Trains`, `Scores` and `ExportsWeights` on top of a Lightning strategy that trains in this process."""
 
     _accumulated: int = 0
+    saved_step: int | None = None
+
+    @property
+    def has_unsaved_steps(self) -> bool:
+        """Whether steps were taken since the state was last saved under its step, or loaded."""
+        return self.saved_step != self.policy_module.trainer.global_step
 
     @property
     def policy_module(self) -> PolicyModule:
@@ -132,6 +139,8 @@ class PolicyVerbs(Sticky):
     def save(self, name: str | None = None, path: str | None = None, weights_only: bool = False) -> str:
         """Save to `<run>/checkpoints/<name>` (default: the step, four digits), or to `path`.
 
+        With several ranks all call it and the first one writes.
+
         Raises:
             CheckpointError: it could not be written.
             InvalidArgumentError: both a name and a path, or a name that is no folder name.
@@ -150,27 +159,45 @@ class PolicyVerbs(Sticky):
             weights_only=weights_only,
         )
         state = None if weights_only else self._state()
-        checkpoints.write(folder, manifest, lambda to: save_weights(module.policy, to), state)
+        ranks.first(lambda: checkpoints.write(folder, manifest, lambda to: save_weights(module.policy, to), state))
+        if name is path is None and not weights_only:
+            self.saved_step = step
         return str(folder)
 
     def load(self, path: str | None = None) -> str:
-        """Load a checkpoint folder; None: the run's newest.
+        """Load a checkpoint folder; None: the run's newest whole one.
 
         Raises:
             CheckpointError: there is none, it is not whole, or it belongs to another kind of policy.
         """
+        if path is None:
+            found = self.resume()
+            if found is None:
+                raise CheckpointError(f"{self.policy_module.model.checkpoints_dir} holds no whole checkpoint")
+            return found
+        ranks.first(lambda: str(checkpoints.verify(Path(path))))
+        ranks.together(lambda: self._load(Path(path)))
+        return path
+
+    def resume(self) -> str | None:
+        """Load the run's newest whole checkpoint, if there is one; those that are not are named in a warning."""
+        folder = self.policy_module.model.checkpoints_dir
+        found = ranks.first(lambda: str(path) if (path := checkpoints.newest(folder)) is not None else None)
+        if found is not None:
+            ranks.together(lambda: self._load(Path(found)))
+        return found
+
+    def _load(self, folder: Path) -> None:
+        """Load a checkpoint that was verified."""
         module = self.policy_module
-        found = [Path(path)] if path is not None else module.model.checkpoints()[-1:]
-        if not found:
-            raise CheckpointError(f"{module.model.checkpoints_dir} holds no checkpoint yet")
-        [folder] = found
-        manifest, state = checkpoints.read(folder)
+        manifest = checkpoints.read_manifest(folder)
         if manifest.adapter != module.policy.is_adapter or manifest.base_model != module.model.base_model:
             kind = "adapters" if manifest.adapter else "full weights"
             raise CheckpointError(
                 f"{folder} holds {kind} of {manifest.base_model!r}, the open model is {module.model!r}; use the same "
                 "lora and base_model, or another name"
             )
+        state = None if manifest.weights_only else checkpoints.read_state(folder)
         load_weights(module.policy, folder)
         self.clear_gradients()
         if state is None:
@@ -180,8 +207,7 @@ class PolicyVerbs(Sticky):
         else:
             self._restore(state)
         _compat.set_global_step(module.trainer, manifest.step)
-        module.model.step = manifest.step
-        return str(folder)
+        module.model.step = self.saved_step = manifest.step
 
     def get_config(self) -> TrainerConfig:
         """What does not change while the policy lives."""
@@ -241,12 +267,11 @@ class PolicyVerbs(Sticky):
     def _state(self) -> dict[str, Any]:
         """Everything beside the weights that the next step depends on; primitives and tensors only."""
         module = self.policy_module
-        cuda = [torch.cuda.get_rng_state(self.root_device)] if self.root_device.type == "cuda" else []
         return {
             "optimizer": _compat.raw_optimizer(self).state_dict(),
             "schedulers": [config.scheduler.state_dict() for config in self.lr_scheduler_configs],
             "precision": self.precision_plugin.state_dict(),
-            "rng": {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()},
+            "rng": [json.loads(text) for text in ranks.collect(json.dumps(random_state.capture(self.root_device)))],
             "reward_history": list(module.reward_history),
         }
 
@@ -255,12 +280,8 @@ class PolicyVerbs(Sticky):
         for config, saved in zip(self.lr_scheduler_configs, state["schedulers"], strict=True):
             config.scheduler.load_state_dict(saved)
         self.precision_plugin.load_state_dict(state["precision"])
-        torch.set_rng_state(state["rng"]["torch"])
-        for rng in state["rng"]["cuda"]:
-            if self.root_device.type == "cuda":
-                torch.cuda.set_rng_state(rng, self.root_device)
-        version, internal, gauss = state["rng"]["python"]
-        random.setstate((version, tuple(internal), gauss))
+        # one state for each rank that saved; a job of more ranks uses them again
+        random_state.restore(state["rng"][ranks.rank() % len(state["rng"])], self.root_device)
         self.policy_module.reward_history = [(int(step), float(std)) for step, std in state["reward_history"]]
 
 

@@ -20,6 +20,7 @@ from fitrl.policy.model import TrainableModel
 from fitrl.policy.module import AdamWSettings
 from fitrl.protocols.results import LocalTrainResult
 from fitrl.rollout.sampler import Sampler
+from fitrl.trainers.asynchronous import asynchronous
 from fitrl.trainers.base import RLTrainer
 from fitrl.trainers.settings import DEFAULT_CHUNK_SIZE, Reference, UpdateSettings, choose_objective
 
@@ -28,7 +29,7 @@ class LocalTrainer(RLTrainer):
     """Train in this process, with transformers and PEFT; a `lightning.Trainer`.
 
     Args:
-        strategy: "fitrl_local", one device.
+        strategy: "fitrl_local", one device; "fitrl_ddp", one process for each device, started with `torchrun`.
         optimizer: AdamW's settings, but for the learning rate.
         lr_schedule: factor on the learning rate, by optimizer steps taken.
         compile: compile each decoder layer.
@@ -193,3 +194,5 @@ class LocalTrainer(RLTrainer):
             num_trajectories_learning_rate_multiplier_power=num_trajectories_learning_rate_multiplier_power,
         )
         return self._update(model, groups, settings)
+
+    fit_rl_async = asynchronous(fit_rl)

@@ -1,11 +1,13 @@
 """From samples to the microbatches of one call: old and reference logprobs, minibatches, packing.
 
 Enters: the call's samples and settings, and a live policy. Leaves: a `Plan`, which Lightning runs as one epoch.
+With several ranks every one makes the same microbatches, equally many for each, and keeps its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fitrl.data import ranks
 from fitrl.data.batch import Batch
 from fitrl.data.packing import deal, pack
 from fitrl.data.samples import Sample, SampleSet, num_positions
@@ -30,24 +33,19 @@ class Plan:
     """The microbatches of one call.
 
     Attributes:
-        batches: in order; every `accumulate` of them make one optimizer step.
+        batches: this rank's, in order; every `accumulate` of them make one optimizer step.
         accumulate: microbatches of an optimizer step, fillers included.
+        metrics: how much of all ranks' batches is padding.
     """
 
     batches: list[Batch]
     accumulate: int
+    metrics: dict[str, float]
 
     @property
     def num_steps(self) -> int:
         """Optimizer steps of the call."""
         return len(self.batches) // self.accumulate
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """How much of the batches is padding."""
-        tokens = sum(batch.num_input_tokens for batch in self.batches)
-        positions = sum(batch.num_positions for batch in self.batches)
-        return {"data/padding_fraction": 1.0 - tokens / positions, "data/shared_prefix_tokens_saved": 0.0}
 
 
 def plan_call(samples: SampleSet, settings: UpdateSettings, verbs: PolicyVerbs) -> Plan:
@@ -72,13 +70,22 @@ def plan_call(samples: SampleSet, settings: UpdateSettings, verbs: PolicyVerbs) 
                     kl_mean=kl_mean,
                     skip_zero_advantage=settings.skips_zero_advantage,
                     measures_mismatch=not steps,
+                    multiple_of=ranks.world_size(),
                     **_layout(module),
                 )
             )
-    accumulate = max(map(len, steps))
+    accumulate = math.ceil(max(map(len, steps)) / ranks.world_size())
     for batches in steps:
-        batches += [batches[0].filler() for _ in range(accumulate - len(batches))]
-    return Plan(batches=[batch for batches in steps for batch in batches], accumulate=accumulate)
+        batches += [batches[0].filler() for _ in range(accumulate * ranks.world_size() - len(batches))]
+    everyone = [batch for batches in steps for batch in batches]
+    tokens, positions = (
+        sum(getattr(batch, name) for batch in everyone) for name in ("num_input_tokens", "num_positions")
+    )
+    return Plan(
+        batches=[batch for batches in steps for batch in ranks.share_of(batches)],
+        accumulate=accumulate,
+        metrics={"data/padding_fraction": 1.0 - tokens / positions, "data/shared_prefix_tokens_saved": 0.0},
+    )
 
 
 def _score(samples: SampleSet, settings: UpdateSettings, verbs: PolicyVerbs) -> float | None:
@@ -88,14 +95,21 @@ def _score(samples: SampleSet, settings: UpdateSettings, verbs: PolicyVerbs) -> 
     if not settings.precalculate_logprobs and reference is None:
         return None
     module.logprob_chunk_size = settings.logprob_calculation_chunk_size
-    flat = [sample for group in samples.groups for sample in group]
-    for batch in pack(flat, max_tokens=_max_tokens(flat, settings, module, verbs.root_device), **_layout(module)):
-        if settings.precalculate_logprobs:
-            for sample, column in _scatter(verbs.score(batch, None), batch, flat):
-                sample.old_logprobs = column
-        if reference is not None:
-            for sample, column in _scatter(verbs.score(batch, reference), batch, flat):
-                sample.reference_logprobs = column
+    flat = samples.flat
+    batches = pack(
+        flat,
+        max_tokens=_max_tokens(flat, settings, module, verbs.root_device),
+        multiple_of=ranks.world_size(),
+        **_layout(module),
+    )
+    exact = next(module.policy.network.parameters()).dtype == torch.float64
+    dtype = torch.float64 if exact else torch.float32
+    if settings.precalculate_logprobs:
+        for sample, column in _score_all(batches, flat, lambda batch: verbs.score(batch, None), dtype):
+            sample.old_logprobs = column
+    if reference is not None:
+        for sample, column in _score_all(batches, flat, lambda batch: verbs.score(batch, reference), dtype):
+            sample.reference_logprobs = column
     if reference is None:
         return None
     gaps = [
@@ -106,11 +120,19 @@ def _score(samples: SampleSet, settings: UpdateSettings, verbs: PolicyVerbs) -> 
     return float(torch.cat(gaps).double().mean())
 
 
-def _scatter(logprobs: Tensor, batch: Batch, samples: Sequence[Sample]) -> list[tuple[Sample, Tensor]]:
-    """Logprobs [R] of a batch's rows back to [T] columns of its samples; NaN where nothing was predicted."""
+def _score_all(
+    batches: Sequence[Batch], samples: Sequence[Sample], score: Callable[[Batch], Tensor], dtype: torch.dtype
+) -> list[tuple[Sample, Tensor]]:
+    """Logprobs of every batch's rows, each computed by one rank, as [T] columns; NaN where nothing was predicted."""
+    mine = {id(batch) for batch in ranks.share_of(batches)}
+    rows = [
+        score(batch).double() if id(batch) in mine else torch.zeros(len(batch.loss_inputs.rows), dtype=torch.float64)
+        for batch in batches
+    ]
+    logprobs = ranks.sum_up(torch.cat(rows)).to(dtype)
     columns: list[tuple[Sample, Tensor]] = []
     start = 0
-    for index in batch.members:
+    for index in (index for batch in batches for index in batch.members):
         sample = samples[index]
         column = torch.full(sample.mask.shape, torch.nan, dtype=logprobs.dtype)
         column[sample.mask] = logprobs[start : start + sample.num_trainable_tokens]
@@ -147,4 +169,5 @@ def _max_tokens(samples: Sequence[Sample], settings: UpdateSettings, module: Pol
     # activations of a decoder layer: about 34 H two-byte values a token (Korthikanti et al. 2022), doubled for
     # float32 residuals; a few H of them with checkpointing
     values = (4 if module.activation_checkpointing else 68) * module.policy.hidden_size * module.policy.num_layers
-    return max(longest, min(int(0.5 * free / (2 * values)), _MOST_TOKENS))
+    fits = min(int(0.5 * free / (2 * values)), _MOST_TOKENS)
+    return max(longest, min(map(int, ranks.collect(str(fits)))))  # every rank makes the same plan

@@ -6,13 +6,15 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from fitrl.errors import InvalidArgumentError, UnknownArgumentError
-from fitrl.objective.objective import CustomObjective, Objective
+from fitrl.objective.checks import check_types
+from fitrl.objective.objective import CustomObjective, Objective, teaches_without_advantage
+from fitrl.policy.model import TrainableModel
 
 Reference: TypeAlias = Literal["base"] | int | str | Path
 DEFAULT_CHUNK_SIZE = 1024
@@ -41,6 +43,9 @@ class UpdateSettings:
     num_trajectories_learning_rate_multiplier_power: float
 
     def __post_init__(self) -> None:
+        check_types(self)
+        if isinstance(self.reference, bool) or not isinstance(self.reference, int | str | Path | None):
+            raise InvalidArgumentError(f"reference must be 'base', a step or a folder, got {self.reference!r}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
             raise InvalidArgumentError(f"learning_rate must be a finite number of at least 0, got {self.learning_rate}")
         if not -1.0 <= self.advantage_balance <= 1.0:
@@ -94,9 +99,7 @@ class UpdateSettings:
     @property
     def teaches_without_advantage(self) -> bool:
         """Whether a group without advantages still has a gradient."""
-        if isinstance(self.objective, Objective):
-            return self.objective.teaches_without_advantage
-        return bool(getattr(self.objective, "teaches_without_advantage", False))
+        return teaches_without_advantage(self.objective)
 
     @property
     def skips_zero_advantage(self) -> bool:
@@ -129,7 +132,7 @@ def choose_objective(custom: CustomObjective | None, built: Objective) -> Object
 
 
 def naming_the_backend(fit_rl: Callable[..., Any]) -> Callable[..., Any]:
-    """Turn a call with arguments that `fit_rl` does not take into an error that names the backend."""
+    """Turn a call with arguments that `fit_rl` does not take, or no model or groups, into an error that says so."""
     signature = inspect.signature(fit_rl)
     keywords = [name for name, parameter in signature.parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
 
@@ -141,6 +144,11 @@ def naming_the_backend(fit_rl: Callable[..., Any]) -> Callable[..., Any]:
                 f"{type(self).__name__}.fit_rl() takes no {', '.join(map(repr, unknown))}; beside model and groups the "
                 f"backend {self.backend!r} takes: {', '.join(keywords)}"
             )
+        given = signature.bind(self, *args, **kwargs).arguments
+        if not isinstance(given["model"], TrainableModel):
+            raise InvalidArgumentError(f"model must be a TrainableModel, got {given['model']!r:.80}")
+        if not isinstance(given["groups"], Iterable):
+            raise InvalidArgumentError(f"groups must be TrajectoryGroups, got {given['groups']!r:.80}")
         return fit_rl(self, *args, **kwargs)
 
     return checked

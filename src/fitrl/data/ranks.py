@@ -1,0 +1,122 @@
+"""Several processes as one: what the ranks of a `torchrun` job tell each other, as text.
+
+Every function is a collective: all ranks call it, in the same order. With one process each returns at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fitrl.errors import RankError
+
+_T = TypeVar("_T")
+
+
+def world_size() -> int:
+    """Processes of the job; 1 before a trainer has connected them."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def collect(text: str) -> list[str]:
+    """Everyone's text, by rank."""
+    if world_size() == 1:
+        return [text]
+    own = torch.frombuffer(bytearray(text.encode()) or bytearray(1), dtype=torch.uint8).to(_device())
+    length = torch.tensor([len(text.encode())], device=own.device)
+    lengths = [torch.empty_like(length) for _ in range(world_size())]
+    dist.all_gather(lengths, length)
+    sizes = [int(size) for size in lengths]
+    padded = torch.zeros(max(1, *sizes), dtype=torch.uint8, device=own.device)
+    padded[: sizes[rank()]] = own[: sizes[rank()]]
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return [bytes(part[:size].cpu().numpy()).decode() for part, size in zip(parts, sizes, strict=True)]
+
+
+def highest(number: int) -> int:
+    """The highest number that any rank says."""
+    if world_size() == 1:
+        return number
+    said = torch.tensor([number], device=_device())
+    dist.all_reduce(said, op=dist.ReduceOp.MAX)
+    return int(said.item())
+
+
+def sum_up(values: Tensor) -> Tensor:
+    """Sum of everyone's tensor [N], on the CPU."""
+    if world_size() == 1:
+        return values
+    total = values.to(_device())
+    dist.all_reduce(total)
+    return total.cpu()
+
+
+def first(work: Callable[[], _T]) -> _T:
+    """Let rank 0 do something and tell the others what came out of it, as JSON; an error is raised by all.
+
+    Raises:
+        RankError: on the other ranks, where rank 0 raised.
+    """
+    if world_size() == 1:
+        return work()
+    outcome: dict[str, Any] = {}
+    failure: BaseException | None = None
+    if rank() == 0:
+        try:
+            outcome = {"result": work()}
+        except Exception as error:
+            failure, outcome = error, {"error": f"{type(error).__name__}: {error}"}
+    answer = json.loads(collect(json.dumps(outcome))[0])
+    if failure is not None:
+        raise failure
+    if "error" in answer:
+        raise RankError(f"rank 0: {answer['error']}")
+    result: _T = answer["result"]
+    return result
+
+
+def settle(failure: Exception | None) -> None:
+    """Compare how something went on every rank, so that none waits for one that failed.
+
+    Raises:
+        RankError: it went well here and failed elsewhere. Where it failed, the failure itself is raised.
+    """
+    if failure is not None and world_size() == 1:
+        raise failure
+    said = collect("" if failure is None else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    others = [f"rank {number}: {text}" for number, text in enumerate(said) if text]
+    if others:
+        raise RankError("; ".join(others))
+
+
+def together(work: Callable[[], _T]) -> _T:
+    """Do something on every rank; where it fails on one, all raise, see `settle`."""
+    try:
+        result = work()
+    except Exception as error:
+        settle(error)
+        raise
+    settle(None)
+    return result
+
+
+def share_of(items: Sequence[_T]) -> list[_T]:
+    """This rank's items: every `world_size`-th."""
+    return list(items[rank() :: world_size()])
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

@@ -1,0 +1,144 @@
+"""`fitrl_ddp` on two gloo ranks against one process: the same gradients, one log, one checkpoint."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fitrl
+from distributed.ddp_worker import CASES
+from distributed.launch import HERE, command, environment, torchrun
+from fitrl.errors import InvalidArgumentError
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory) -> dict[str, Any]:
+    """What one process and each of two ranks saw, all from one run of each."""
+    folder = tmp_path_factory.mktemp("ddp")
+    alone = subprocess.run(
+        [sys.executable, str(HERE / "ddp_worker.py"), str(folder / "one")],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert alone.returncode == 0, alone.stderr
+    ranks = torchrun("ddp_worker.py", str(folder / "two"))
+    assert ranks.returncode == 0, ranks.stderr
+    files = {name: json.loads((folder / name).read_text()) for name in ("one", "two.0", "two.1")}
+    return files | {"folder": folder}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_gradient_is_that_of_one_process(seen, case) -> None:
+    one, first, second = (seen[name]["train"][case] for name in ("one", "two.0", "two.1"))
+    assert first["steps"] == second["steps"] == one["steps"]
+    assert len(one["gradients"]) == one["steps"][-1] >= 2
+    assert first["gradients"] == second["gradients"]
+    for ours, expected in zip(first["gradients"], one["gradients"], strict=True):
+        assert ours == pytest.approx(expected, rel=1e-8, abs=1e-10)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_metrics_are_those_of_one_process_on_every_rank(seen, case) -> None:
+    one, first, second = (seen[name]["train"][case] for name in ("one", "two.0", "two.1"))
+    for ours, others, expected in zip(first["metrics"], second["metrics"], one["metrics"], strict=True):
+        assert ours == others
+        assert ours.keys() == expected.keys()
+        for key, value in expected.items():
+            assert ours[key] == pytest.approx(value, rel=1e-6, abs=1e-9, nan_ok=True), key
+
+
+def test_groups_may_lie_anywhere(seen) -> None:
+    """Held by all ranks, by rank 0 alone, or in parts: the same step."""
+    one = seen["one"]["groups"]["all"]
+    for name in ("two.0", "two.1"):
+        for way, (gradients, submitted, _) in seen[name]["groups"].items():
+            assert gradients[0] == pytest.approx(one[0][0], rel=1e-8), way
+            assert submitted == 4
+    assert seen["two.0"]["groups"] == seen["two.1"]["groups"]
+
+
+def test_rollouts_are_shared_out_and_the_same_on_every_rank(seen) -> None:
+    one, first, second = (seen[name]["rollouts"] for name in ("one", "two.0", "two.1"))
+    assert first["groups"] == second["groups"] and first["unseeded"] == second["unseeded"]
+    sampled = [
+        [
+            [item["messages_and_choices"][-1]["completion"]["token_ids"] for item in json.loads(text)["trajectories"]]
+            for text in who["groups"]
+        ]
+        for who in (first, one)
+    ]
+    assert sampled[0] == sampled[1]
+    assert len(first["groups"]) == 5 and len(first["unseeded"]) == 3
+
+
+def test_a_failed_rollout_fails_everywhere(seen) -> None:
+    first, second = (seen[name]["rollouts"]["failed rollout"] for name in ("two.0", "two.1"))
+    assert first.startswith("GroupError") and second.startswith("RankError: rank 0: GroupError")
+    assert {seen[name]["rollouts"]["usable"] for name in ("two.0", "two.1")} == {3}
+
+
+def test_one_log_and_one_checkpoint(seen) -> None:
+    first, second = seen["two.0"]["rollouts"], seen["two.1"]["rollouts"]
+    assert first["connected"] and first["logged"] == second["logged"] and first["step"] == 2
+    run = Path(seen["folder"]) / "two.runs" / "ddp" / "rollouts"
+    assert len((run / "history.jsonl").read_text().splitlines()) == 1
+    assert len((run / "trajectories" / "train" / "0001.jsonl").read_text().splitlines()) == 5
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["0001", "0002"]
+
+
+def test_resumed_on_every_rank(seen) -> None:
+    for name in ("two.0", "two.1"):
+        seen_there = seen[name]["rollouts"]
+        assert seen_there["resumed"] == 2
+        assert seen_there["resumed weights"] == seen_there["weights"] == seen["two.0"]["rollouts"]["weights"]
+
+
+def test_a_second_trainer_is_refused_on_every_rank(seen) -> None:
+    first, second = (seen[name]["rollouts"]["second trainer"] for name in ("two.0", "two.1"))
+    assert first.startswith("RunLockedError") and "process" in first
+    assert second.startswith("RankError: rank 0: RunLockedError")
+
+
+def test_under_a_stock_trainer(seen) -> None:
+    one, first, second = (seen[name]["stock"] for name in ("one", "two.0", "two.1"))
+    assert first == second and first["steps"] == one["steps"] == 2
+    assert all(norm > 0 for norm in first["norms"])
+
+
+def test_sigterm_stops_all_ranks_after_the_same_step_and_saves(tmp_path) -> None:
+    job = subprocess.Popen(
+        command("endless_worker.py", str(tmp_path)),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert job.stdout is not None
+    while "step 4" not in (line := job.stdout.readline()):
+        assert line, job.communicate()[1]
+    job.send_signal(signal.SIGTERM)
+    _, said = job.communicate(timeout=120)
+    assert job.returncode != 0
+    assert said.count("fitrl: stopped at step") == 1
+    model = fitrl.TrainableModel("endless", "ddp", "tiny", lora=None, root=tmp_path)
+    [checkpoint] = model.checkpoints()
+    assert str(checkpoint) in said and model.step >= 4
+    with fitrl.LocalTrainer(accelerator="cpu", devices=1, enable_model_summary=False) as trainer:
+        trainer.open(model)  # one process goes on from what two saved
+        assert trainer.global_step == model.step == int(checkpoint.name)
+
+
+@pytest.mark.parametrize("options", [{"devices": 2}, {"devices": 1}])
+def test_other_launchers_are_refused_with_the_right_command(options) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"torchrun --nproc_per_node {options['devices']}"):
+        fitrl.LocalTrainer(accelerator="cpu", strategy="fitrl_ddp", **options)
