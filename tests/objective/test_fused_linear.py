@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from fitrl import Objective, PolicyLoss, fused_linear_policy_loss, policy_loss
 from fitrl.errors import InvalidArgumentError
 from fitrl.objective import linear_head
-from fitrl.objective.fused_linear import linear_logits, linear_logprobs, logits_logprobs
+from fitrl.objective.logprobs import linear_logits, linear_logprobs, logits_logprobs
 
 NAN, INF = math.nan, math.inf
 TOKENS, WIDTH, VOCABULARY = 11, 5, 17

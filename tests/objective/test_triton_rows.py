@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fitrl import Objective, PolicyLoss, fused_linear_policy_loss, policy_loss
 from fitrl.objective import rows
-from fitrl.objective.fused_linear import linear_logprobs, logits_logprobs
+from fitrl.objective.logprobs import linear_logprobs, logits_logprobs
 from fitrl.objective.rows import RowShape, RowStatistics
 
 COMPILED = torch.cuda.is_available()

@@ -10,7 +10,6 @@ float16 take a second sweep. The loss itself is defined in `policy_loss` alone.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -18,11 +17,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fitrl.errors import InvalidArgumentError
-from fitrl.objective.linear_head import HeadGradients, LinearHead, compute_dtype, in_tiles, product, tiles
+from fitrl.objective.head_inputs import check_head, check_targets, check_vectors, row_shape, wide_dtype
+from fitrl.objective.linear_head import HeadGradients, LinearHead, compute_dtype, in_tiles, tiles
+from fitrl.objective.logprobs import LinearLogprobs
 from fitrl.objective.objective import Objective, PolicyLoss
-from fitrl.objective.policy_loss import LossTerms, TokenRows, added, independent_of_other_rows, loss_terms, token_rows
-from fitrl.objective.rows import RowShape, RowStatistics, gradients_, scaled, statistics, swept_
+from fitrl.objective.policy_loss import LossTerms, added, loss_terms
+from fitrl.objective.rows import RowShape, RowStatistics, scaled, statistics, swept_
+from fitrl.objective.token_rows import TokenRows, independent_of_other_rows, token_rows
 
 
 def fused_linear_policy_loss(
@@ -93,7 +94,7 @@ def fused_linear_policy_loss(
     Raises:
         InvalidArgumentError: shapes, devices or dtypes that do not fit, targets out of range.
     """
-    size = _check(hidden, weight, targets, bias, temperature, rows_per_tile, softcap)
+    size = check_head(hidden, weight, targets, bias, temperature, rows_per_tile, softcap)
     vectors = {
         "old_logprobs": old_logprobs,
         "advantages": advantages,
@@ -102,7 +103,7 @@ def fused_linear_policy_loss(
         "rollout_logprobs": rollout_logprobs,
         "reference_logprobs": reference_logprobs,
     }
-    _check_vectors(hidden, size, vectors, temperature)
+    check_vectors(hidden, size, vectors)
     with torch.no_grad():
         index = None
         if leave_out:
@@ -115,8 +116,8 @@ def fused_linear_policy_loss(
             )
             index = None if index is None else index.to(hidden.device, non_blocking=True)
         mask = mask.to(hidden.device, non_blocking=True).bool()
-        _check_targets(targets, len(weight), mask)
-        shape = _shape(hidden, targets, temperature, bias, softcap)
+        check_targets(targets, len(weight), mask)
+        shape = row_shape(hidden, targets, temperature, bias, softcap)
         if index is not None:
             shape.targets = shape.targets.index_select(0, index)
             shape.temperature = shape.temperature.index_select(0, index)
@@ -134,7 +135,7 @@ def fused_linear_policy_loss(
                 trajectory_ids,
                 objective,
                 size=size,
-                dtype=_wide(hidden),
+                dtype=wide_dtype(hidden),
                 rollout_logprobs=rollout_logprobs,
                 reference_logprobs=reference_logprobs,
                 num_tokens=num_tokens,
@@ -166,95 +167,6 @@ def fused_linear_policy_loss(
     return PolicyLoss(
         loss=loss, metrics=job.metrics, logprobs=job.whole(job.logprobs), entropies=job.whole(job.entropies)
     )
-
-
-def linear_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = None,
-    temperature: Tensor | float = 1.0,
-    softcap: float | None = None,
-    rows_per_tile: int | None = None,
-    exact_logits: bool = False,
-    with_entropies: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probability of each target under `softmax(hidden @ weight.T / temperature)`, by tiles of rows.
-
-    One product without grad; with it, backward computes the logits again: four.
-
-    Returns:
-        logprobs [T] and, with `with_entropies`, entropies [T]; float32 (float64 from float64), with grad.
-
-    Raises:
-        InvalidArgumentError: shapes, devices or dtypes that do not fit, targets out of range.
-    """
-    _check(hidden, weight, targets, bias, temperature, rows_per_tile, softcap)
-    _check_targets(targets, len(weight), None)
-    shape = _shape(hidden, targets, temperature, bias, softcap)
-    logprobs, entropies = _LinearLogprobs.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, shape, rows_per_tile, exact_logits, with_entropies
-    )
-    return logprobs, entropies if with_entropies else None
-
-
-def logits_logprobs(
-    logits: Tensor,
-    targets: Tensor,
-    *,
-    temperature: Tensor | float = 1.0,
-    rows: Tensor | None = None,
-    with_entropies: bool = False,
-    in_place: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probability of each target under `softmax(logits / temperature)`, for heads that cannot be taken apart.
-
-    Reads the logits once in forward, and once in backward.
-
-    Args:
-        logits: [N, V] with grad.
-        targets: [T] int64.
-        temperature: scalar or [T].
-        rows: [T] int64, different rows of the logits, on their device; None: all, T = N.
-        with_entropies: also compute entropies.
-        in_place: backward may write the gradient over the logits. Whoever else saved them for backward raises then.
-
-    Returns:
-        logprobs [T] and, with `with_entropies`, entropies [T]; float32 (float64 from float64), with grad.
-
-    Raises:
-        InvalidArgumentError: shapes, devices or dtypes that do not fit, targets out of range.
-    """
-    if logits.dim() != 2 or not logits.is_floating_point():
-        raise InvalidArgumentError(f"logits must be [N, V] floating point, got {tuple(logits.shape)} {logits.dtype}")
-    if rows is not None:
-        if rows.dim() != 1 or rows.dtype != torch.int64 or rows.device != logits.device:
-            raise InvalidArgumentError(
-                f"rows must be [T] int64 on {logits.device}, got {tuple(rows.shape)} {rows.dtype} on {rows.device}"
-            )
-        rows = rows.contiguous()
-    size = len(logits) if rows is None else len(rows)
-    _check_rows(logits, targets, temperature, size)
-    _check_targets(targets, logits.shape[1], None)
-    shape = _shape(logits, targets, temperature, None, None, size=size)
-    logprobs, entropies = _LogitsLogprobs.apply(  # type: ignore[no-untyped-call]
-        logits, shape, rows, with_entropies, in_place
-    )
-    return logprobs, entropies if with_entropies else None
-
-
-def linear_logits(
-    hidden: Tensor, weight: Tensor, *, bias: Tensor | None = None, softcap: float | None = None
-) -> Tensor:
-    """Float32 logits [T, V] of hidden states [T, H]; not rounded to 16 bits on the way. For samplers, without grad."""
-    with torch.no_grad():
-        dtype = compute_dtype(hidden)
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        logits = product(hidden.to(dtype), weight.to(dtype).t(), wide)
-        if bias is not None:
-            logits += bias
-        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 class _Job:
@@ -306,7 +218,7 @@ class _Job:
         trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
         if trains and (self.independent or len(self) <= rows_per_tile):
             return _GradientsInForward.apply(self, hidden, weight, bias)  # type: ignore[no-untyped-call, no-any-return]
-        logprobs, entropies = _LinearLogprobs.apply(  # type: ignore[no-untyped-call]
+        logprobs, entropies = LinearLogprobs.apply(  # type: ignore[no-untyped-call]
             self.chosen(hidden), weight, bias, self.shape, rows_per_tile, self.exact, self.with_entropies
         )
         terms = loss_terms(logprobs, self.rows(), self.objective, entropies if self.with_entropies else None)
@@ -400,156 +312,6 @@ class _GradientsInForward(torch.autograd.Function):
         return None, d_hidden, d_weight, d_bias
 
 
-class _LinearLogprobs(torch.autograd.Function):
-    """Tiled log-softmax of a linear head; backward computes each tile again."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        shape: RowShape,
-        rows_per_tile: int | None,
-        exact: bool,
-        with_entropies: bool,
-    ) -> tuple[Tensor, Tensor]:
-        dtype = compute_dtype(hidden)
-
-        def all_tiles(size: int) -> RowStatistics:
-            head = LinearHead(hidden, weight, shape, exact=exact, dtype=dtype)
-            found = [
-                statistics(head.logits(tile), shape[tile], with_entropies=with_entropies)
-                for tile in tiles(len(head), size)
-            ]
-            empty = shape.temperature.new_empty(0)
-            return RowStatistics(
-                lse=torch.cat([empty, *(s.lse for s in found)]),
-                logprobs=torch.cat([empty, *(s.logprobs for s in found)]),
-                entropies=torch.cat([empty, *(s.entropies for s in found if s.entropies is not None)])
-                if with_entropies
-                else None,
-            )
-
-        ctx.tiling = {
-            "rows": len(hidden),
-            "rows_per_tile": rows_per_tile,
-            "vocabulary": len(weight),
-            "itemsize": 4 if exact and dtype.itemsize == 2 else dtype.itemsize,
-            "device": hidden.device,
-        }
-        found = in_tiles(all_tiles, **ctx.tiling)
-        entropies = found.logprobs.new_empty(0) if found.entropies is None else found.entropies
-        ctx.save_for_backward(hidden, weight, bias, found.lse, found.logprobs, entropies)
-        ctx.shape, ctx.exact, ctx.dtype, ctx.with_entropies = shape, exact, dtype, with_entropies
-        ctx.set_materialize_grads(False)
-        return found.logprobs, entropies
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_logprobs: Tensor | None, d_entropies: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, lse, logprobs, entropies = ctx.saved_tensors
-        d_logprobs = torch.zeros_like(lse) if d_logprobs is None else d_logprobs.contiguous()
-        d_entropies = d_entropies.contiguous() if ctx.with_entropies and d_entropies is not None else None
-
-        def all_tiles(size: int) -> HeadGradients:
-            head = LinearHead(hidden, weight, ctx.shape, exact=ctx.exact, dtype=ctx.dtype)
-            gradients = HeadGradients(
-                head, ctx.needs_input_grad[:3], size, hidden_dtype=hidden.dtype, weight_dtype=weight.dtype
-            )
-            for tile in tiles(len(head), size):
-                logits = head.logits(tile)
-                if head.one_sweep(with_entropies=d_entropies is not None):
-                    _, values, units = swept_(logits, ctx.shape[tile], ctx.dtype)
-                    gradients.add(tile, values, d_logprobs[tile] * units)
-                    continue
-                found = RowStatistics(
-                    lse=lse[tile],
-                    logprobs=logprobs[tile],
-                    entropies=entropies[tile] if ctx.with_entropies else None,
-                )
-                slope = None if d_entropies is None else d_entropies[tile]
-                gradients.add_rows(tile, logits, found, d_logprobs[tile], slope)
-            return gradients
-
-        found = in_tiles(all_tiles, **ctx.tiling)
-        return (
-            None if found.hidden is None else found.hidden.to(hidden.dtype),
-            None if found.weight is None else found.weight.to(weight.dtype),
-            None if found.bias is None else found.bias.to(bias.dtype),
-            *[None] * 4,
-        )
-
-
-class _LogitsLogprobs(torch.autograd.Function):
-    """Log-softmax of some rows of logits at their targets; the gradient may take the logits' place."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, shape: RowShape, rows: Tensor | None, with_entropies: bool, in_place: bool
-    ) -> tuple[Tensor, Tensor]:
-        found = statistics(_unit_stride(logits), shape, with_entropies=with_entropies, rows=rows)
-        entropies = found.logprobs.new_empty(0) if found.entropies is None else found.entropies
-        ctx.save_for_backward(logits, rows, found.lse, found.logprobs, entropies)
-        ctx.shape, ctx.with_entropies, ctx.in_place = shape, with_entropies, in_place
-        ctx.set_materialize_grads(False)
-        return found.logprobs, entropies
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_logprobs: Tensor | None, d_entropies: Tensor | None) -> tuple[Tensor | None, ...]:
-        logits, rows, lse, logprobs, entropies = ctx.saved_tensors
-        shape: RowShape = ctx.shape
-        d_logprobs = torch.zeros_like(lse) if d_logprobs is None else d_logprobs.contiguous()
-        d_entropies = d_entropies.contiguous() if ctx.with_entropies and d_entropies is not None else None
-        if rows is not None:  # rows without a target have derivative 0
-
-            def spread(values: Tensor, fill: float) -> Tensor:
-                return values.new_full((len(logits),), fill).index_copy_(0, rows, values)
-
-            shape = RowShape(targets=spread(shape.targets, 0), temperature=spread(shape.temperature, 1.0))
-            d_logprobs, lse, logprobs = spread(d_logprobs, 0.0), spread(lse, 0.0), spread(logprobs, 0.0)
-            d_entropies = None if d_entropies is None else spread(d_entropies, 0.0)
-            entropies = spread(entropies, 0.0) if ctx.with_entropies else entropies
-        raw = _unit_stride(logits.detach())
-        if not ctx.in_place and raw.data_ptr() == logits.data_ptr():
-            raw = raw.clone()
-        found = RowStatistics(lse=lse, logprobs=logprobs, entropies=entropies if ctx.with_entropies else None)
-        d_logits = gradients_(raw, shape, found, d_logprobs, d_entropies, logits.dtype)
-        if d_logits.data_ptr() == logits.data_ptr():
-            torch.autograd.graph.increment_version(logits)
-        return d_logits, *[None] * 4
-
-
-def _unit_stride(logits: Tensor) -> Tensor:
-    return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def _shape(
-    like: Tensor,
-    targets: Tensor,
-    temperature: Tensor | float,
-    bias: Tensor | None,
-    softcap: float | None,
-    *,
-    size: int | None = None,
-) -> RowShape:
-    if isinstance(temperature, Tensor):
-        scale = temperature.to(like.device, _wide(like), non_blocking=True)
-    else:  # filled in by the device: a copy of a Python number would wait for it
-        scale = torch.full((), temperature, dtype=_wide(like), device=like.device)
-    return RowShape(
-        targets=targets.contiguous(),
-        temperature=scale.expand(len(like) if size is None else size),
-        bias=None if bias is None else bias.detach().contiguous(),
-        softcap=softcap,
-    )
-
-
 def _rows_with_gradient(
     objective: Objective, mask: Tensor, advantages: Tensor, trajectory_ids: Tensor, *, only_masked: bool
 ) -> Tensor | None:
@@ -564,72 +326,3 @@ def _rows_with_gradient(
         needed = needed & teaches
     index = needed.nonzero().squeeze(1)
     return None if len(index) == len(mask) else index
-
-
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: Tensor | float,
-    rows_per_tile: int | None,
-    softcap: float | None,
-) -> int:
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise InvalidArgumentError(
-            f"hidden must be [T, H] and weight [V, H], got {tuple(hidden.shape)} and {tuple(weight.shape)}"
-        )
-    if not hidden.is_floating_point() or not weight.is_floating_point():
-        raise InvalidArgumentError(f"hidden and weight must be floating point, got {hidden.dtype} and {weight.dtype}")
-    if bias is not None and (bias.shape != (len(weight),) or not bias.is_floating_point()):
-        raise InvalidArgumentError(f"bias must be [{len(weight)}] floating point, got {tuple(bias.shape)} {bias.dtype}")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.device != hidden.device:
-            raise InvalidArgumentError(f"{name} is on {tensor.device}, hidden on {hidden.device}")
-    if softcap is not None and not softcap > 0:
-        raise InvalidArgumentError(f"softcap must be greater than 0, got {softcap}")
-    if rows_per_tile is not None and rows_per_tile < 1:
-        raise InvalidArgumentError(f"rows_per_tile must be at least 1, got {rows_per_tile}")
-    _check_rows(hidden, targets, temperature, len(hidden))
-    return len(hidden)
-
-
-def _check_rows(like: Tensor, targets: Tensor, temperature: Tensor | float, size: int) -> None:
-    if targets.shape != (size,) or targets.dtype != torch.int64:
-        raise InvalidArgumentError(f"targets must be [{size}] int64, got {tuple(targets.shape)} {targets.dtype}")
-    if targets.device != like.device:
-        raise InvalidArgumentError(f"targets are on {targets.device}, the head on {like.device}")
-    if isinstance(temperature, Tensor):
-        if temperature.shape not in ((), (size,)):
-            raise InvalidArgumentError(f"temperature must be a scalar or [{size}], got {tuple(temperature.shape)}")
-        if temperature.requires_grad:
-            raise InvalidArgumentError("temperature requires grad, but gets none: detach it")
-    elif not temperature > 0:
-        raise InvalidArgumentError(f"temperature must be greater than 0, got {temperature}")
-
-
-def _check_vectors(hidden: Tensor, size: int, vectors: dict[str, Tensor | None], temperature: Tensor | float) -> None:
-    for name, tensor in vectors.items():
-        if tensor is None:
-            continue
-        if tensor.shape != (size,):
-            raise InvalidArgumentError(f"{name} must be [{size}], got {tuple(tensor.shape)}")
-        if tensor.device != hidden.device and not (name == "mask" and tensor.device.type == "cpu"):
-            raise InvalidArgumentError(f"{name} is on {tensor.device}, hidden on {hidden.device}")
-        if tensor.requires_grad:
-            raise InvalidArgumentError(f"{name} requires grad, but gets none: detach it")
-    ids = vectors["trajectory_ids"]
-    if ids is not None and ids.dtype != torch.int64:
-        raise InvalidArgumentError(f"trajectory_ids must be int64, got {ids.dtype}")
-
-
-def _check_targets(targets: Tensor, vocabulary: int, mask: Tensor | None) -> None:
-    """Look at the values of targets where that takes no synchronisation, or in debug mode."""
-    if targets.device.type != "cpu" and os.environ.get("FITRL_DEBUG", "0") in ("", "0"):
-        return
-    wrong = (targets < 0) | (targets >= vocabulary)
-    if mask is not None:
-        wrong = wrong & mask
-    if bool(wrong.any()):
-        row = int(wrong.nonzero()[0])
-        raise InvalidArgumentError(f"targets[{row}] is {int(targets[row])}, the vocabulary has {vocabulary} tokens")

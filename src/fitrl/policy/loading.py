@@ -26,7 +26,7 @@ from fitrl.errors import (
     ModelNotFoundError,
     UnsupportedError,
 )
-from fitrl.objective.fused_linear import linear_logits
+from fitrl.objective.logprobs import linear_logits
 from fitrl.policy.attention import attention_kernels
 from fitrl.policy.head import is_linear, weight_and_bias
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from fitrl.data.batch import Batch, ModelInputs
 from fitrl.errors import InvalidArgumentError, NonFiniteGradientError, UnsupportedError
 from fitrl.objective.custom import evaluate
-from fitrl.objective.fused_linear import fused_linear_policy_loss, linear_logprobs, logits_logprobs
+from fitrl.objective.fused_linear import fused_linear_policy_loss
+from fitrl.objective.logprobs import linear_logprobs, logits_logprobs
 from fitrl.objective.objective import CustomObjective, LossInputs, Objective, PolicyLoss
 from fitrl.objective.policy_loss import policy_loss
 from fitrl.policy.loading import Policy, load_policy, trained_state
