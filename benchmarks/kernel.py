@@ -314,7 +314,7 @@ class Clock:
 
 def relative_error(found: Tensor, truth: Tensor) -> float:
     """Norm of the difference by norm of the truth, 4096 rows at a time."""
-    off = torch.zeros((), dtype=torch.float64, device="cuda")
+    off = torch.zeros((), dtype=torch.float64, device=truth.device)
     for rows in range(0, len(truth), 4096):
         off += (found[rows : rows + 4096].double() - truth[rows : rows + 4096]).square().sum()
     return float(off.sqrt() / truth.norm())
