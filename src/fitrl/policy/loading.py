@@ -26,8 +26,9 @@ from fitrl.errors import (
     ModelNotFoundError,
     UnsupportedError,
 )
-from fitrl.objective.fused_linear import linear_logits
+from fitrl.objective.logprobs import linear_logits
 from fitrl.policy.attention import attention_kernels
+from fitrl.policy.head import is_linear, weight_and_bias
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -66,8 +67,9 @@ class Policy:
     Attributes:
         network: the transformers model, or the PEFT model around it.
         tokenizer: its tokenizer.
-        has_linear_head: whether logits are exactly `head(last hidden state)` with a plain linear head, so that
-            the loss can be computed by tiles of rows; found out by comparing both ways once.
+        has_linear_head: whether logits are exactly `head(last hidden state)` with a linear head, so that
+            the loss can be computed by tiles of rows; LoRA adapters on the head are a part of its weight. Found out by
+            comparing both ways once.
         can_pack: whether several sequences in one row stay apart; found out the same way.
         softcap: soft cap of the final logits, or None.
     """
@@ -120,9 +122,8 @@ class Policy:
 
     @property
     def head(self) -> tuple[Tensor, Tensor | None]:
-        """Weight [V, H] and bias of the output head."""
-        head: Any = _output_head(self.causal_lm)
-        return head.weight, head.bias
+        """Weight [V, H] and bias of the output head, adapters on it included."""
+        return weight_and_bias(_output_head(self.causal_lm))
 
     def hidden(self, input_ids: Tensor, position_ids: Tensor | None = None, **cache: Any) -> Any:
         """Run the decoder layers; returns transformers' output with `last_hidden_state` [B, L, H]."""
@@ -383,7 +384,7 @@ def _probe(policy: Policy) -> None:
         first, second = (torch.tensor([ids], device=device) for ids in ([1, 5, 3], [2, 4]))
         alone = torch.cat([policy.full_logits(ids).logits[0].float() for ids in (first, second)])
         head = _output_head(policy.causal_lm)
-        if type(head) is nn.Linear:
+        if is_linear(head):
             apart = torch.cat([policy.logits(policy.hidden(ids).last_hidden_state[0]) for ids in (first, second)])
             policy.has_linear_head = _close(apart, alone)
         positions = torch.tensor([[0, 1, 2, 0, 1]], device=device)
@@ -392,7 +393,11 @@ def _probe(policy: Policy) -> None:
     finally:
         network.train(was_training)
     if not policy.has_linear_head:
-        _log.info("%s: logits are not a plain linear head, so whole logits are computed", type(network).__name__)
+        _log.info(
+            "%s: logits are not a linear head (%s) of the last hidden state, so whole logits are computed",
+            type(network).__name__,
+            type(head).__name__,
+        )
     if not policy.can_pack:
         _log.info("%s: sequences in one row are not kept apart, so batches are padded", type(network).__name__)
 

@@ -21,12 +21,19 @@ from torch import Tensor, nn
 from fitrl.data.batch import Batch, ModelInputs
 from fitrl.errors import InvalidArgumentError, NonFiniteGradientError, UnsupportedError
 from fitrl.objective.custom import evaluate
-from fitrl.objective.fused_linear import fused_linear_policy_loss, linear_logprobs
+from fitrl.objective.fused_linear import fused_linear_policy_loss
+from fitrl.objective.logprobs import linear_logprobs, logits_logprobs
 from fitrl.objective.objective import CustomObjective, LossInputs, Objective, PolicyLoss
 from fitrl.objective.policy_loss import policy_loss
 from fitrl.policy.loading import Policy, load_policy, trained_state
 from fitrl.policy.metrics import CallTotals, derive, mismatch
 from fitrl.policy.model import TrainableModel
+
+# operations that end a model and whose backward does not read what they returned: the gradient may take its place
+_KEEP_NO_RESULT = (
+    *("AddmmBackward0", "MmBackward0", "UnsafeViewBackward0", "AddBackward0"),
+    *("MulBackward0", "DivBackward0", "ToCopyBackward0"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)  # no slots: the command line reads defaults with vars()
@@ -154,12 +161,11 @@ class PolicyModule(lightning.LightningModule):
                 temperature=targets.temperature,
                 softcap=policy.softcap,
                 exact_logits=True,
+                leave_out=False,  # packing did that, and nothing here may wait for the device
                 kl_mean=targets.kl_mean,
                 **common,
             )
-        log_probs = self._logit_rows(batch).log_softmax(dim=1)
-        logprobs = log_probs.gather(1, targets.targets[:, None]).squeeze(1)
-        entropies = -(log_probs.exp() * log_probs).sum(dim=1) if objective.entropy_coef else None
+        logprobs, entropies = self._logprobs_of_logits(batch, policy, with_entropies=objective.entropy_coef != 0)
         result = policy_loss(logprobs, *fixed, entropies=entropies, kl_mean=targets.kl_mean, **common)
         return PolicyLoss(loss=result.loss, metrics=result.metrics, logprobs=logprobs.detach())
 
@@ -247,8 +253,7 @@ class PolicyModule(lightning.LightningModule):
         if not policy.has_linear_head and rows_per_tile is not None:
             return self._logprobs_by_tiles(batch, policy, rows_per_tile)
         if not policy.has_linear_head:
-            log_probs = self._logit_rows(batch, policy).log_softmax(dim=1)
-            return log_probs.gather(1, targets.targets[:, None]).squeeze(1)
+            return self._logprobs_of_logits(batch, policy)[0]
         weight, bias = policy.head
         return linear_logprobs(
             self._hidden_rows(batch, policy),
@@ -261,15 +266,29 @@ class PolicyModule(lightning.LightningModule):
             exact_logits=True,
         )[0]
 
+    def _logprobs_of_logits(
+        self, batch: Batch, policy: Policy, *, with_entropies: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logprobs [R] and entropies of a model whose head cannot be taken apart; the logits are used up."""
+        inputs, targets = _readable(batch, policy), batch.loss_inputs
+        logits: Tensor = policy.full_logits(inputs.input_ids, inputs.position_ids).logits
+        maker = logits.grad_fn
+        return logits_logprobs(
+            logits.flatten(0, 1),
+            targets.targets,
+            temperature=targets.temperature,
+            rows=targets.rows,
+            with_entropies=with_entropies,
+            in_place=maker is not None and maker.name() in _KEEP_NO_RESULT,
+        )
+
     def _logprobs_by_tiles(self, batch: Batch, policy: Policy, rows_per_tile: int) -> Tensor:
         """Logprobs [R] by the model's own head, so many rows of logits at a time; for passes without a gradient."""
         targets = batch.loss_inputs
         columns = (self._hidden_rows(batch, policy), targets.targets, targets.temperature)
         logprobs: list[Tensor] = []
         for hidden, chosen, temperature in zip(*(torch.split(c, rows_per_tile) for c in columns), strict=True):
-            logits = policy.own_logits(hidden)
-            logits = (logits if logits.dtype == torch.float64 else logits.float()) / temperature[:, None]
-            logprobs.append(logits.log_softmax(dim=1).gather(1, chosen[:, None]).squeeze(1))
+            logprobs.append(logits_logprobs(policy.own_logits(hidden), chosen, temperature=temperature)[0])
         return torch.cat(logprobs)
 
     def observe(self, metrics: dict[str, float]) -> None:
