@@ -127,6 +127,8 @@ class RLTrainer(SessionTrainer):
         cancelled = threading.Event()
 
         def run() -> Any:
+            if self.strategy.root_device.type == "cuda":
+                torch.cuda.set_device(self.strategy.root_device)  # each thread has a current device of its own
             self._interrupts.cancelled = cancelled
             try:
                 return call()
