@@ -68,7 +68,7 @@ def calls_done(model: TrainableModel) -> int:
     The checkpoint of step S was saved by the first call after all those whose line in the history is of a step below
     S; it is not necessarily in the history itself, because the process may have died between the two.
     """
-    if not model.checkpoints():
+    if not model.step:
         return 0
     before = [
         int(line["metrics"]["loop/call"])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from fitrl.data import ranks
 from fitrl.data.groups import TrajectoryGroup
+from fitrl.errors import DataError
 
 
 def join_groups(groups: Sequence[TrajectoryGroup]) -> list[TrajectoryGroup]:
@@ -16,12 +17,19 @@ def join_groups(groups: Sequence[TrajectoryGroup]) -> list[TrajectoryGroup]:
     same list, as `fitrl.rollout` returns it.
 
     Raises:
-        DataError: a group holds a value that JSON cannot hold, or is pending.
+        DataError: a group holds a value that JSON cannot hold, is pending, or is none.
         RankError: another rank's groups do.
     """
+    ranks.together(lambda: _check(groups))
     if ranks.world_size() == 1:
         return list(groups)
     text = ranks.together(lambda: "\n".join(group.to_json() for group in groups))
     if len(set(ranks.collect(hashlib.sha256(text.encode()).hexdigest()))) == 1:
         return list(groups)
     return [TrajectoryGroup.from_json(line) for said in ranks.collect(text) for line in said.splitlines()]
+
+
+def _check(groups: Sequence[TrajectoryGroup]) -> None:
+    for index, group in enumerate(groups):
+        if not isinstance(group, TrajectoryGroup):
+            raise DataError(f"groups[{index}] is a {type(group).__name__}, not a TrajectoryGroup")

@@ -166,27 +166,32 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
     Whole means `read_manifest`: files of the right size. `newest` also reads them.
     """
-    found: list[tuple[int, float, Path]] = []
+    found: list[tuple[int, bool, float, Path]] = []
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.name.startswith(".") or not path.is_dir():
             continue
         try:
-            found.append((read_manifest(path).step, (path / _MANIFEST).stat().st_mtime, path))
+            manifest = read_manifest(path)
+            # of the same step, one that resumes exactly comes after one of the weights alone
+            found.append((manifest.step, not manifest.weights_only, (path / _MANIFEST).stat().st_mtime, path))
         except (CheckpointError, OSError) as error:
             _log.warning("skipped: %s", error)
-    return [(step, path) for step, _, path in sorted(found)]
+    return [(step, path) for step, *_, path in sorted(found)]
 
 
 def newest(folder: Path) -> Path | None:
     """The newest checkpoint in a folder whose every file is as it was written; others are named in a warning."""
-    for _, path in reversed(list_checkpoints(folder)):
-        try:
-            verify(path)
-        except CheckpointError as error:
-            _log.warning("skipped: %s", error)
-        else:
-            return path
-    return None
+    return next((path for _, path in reversed(list_checkpoints(folder)) if is_whole(path)), None)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether every file of a checkpoint is as it was written; one that is not is named in a warning."""
+    try:
+        verify(folder)
+    except CheckpointError as error:
+        _log.warning("skipped: %s", error)
+        return False
+    return True
 
 
 def remove(folder: Path) -> None:

@@ -20,11 +20,12 @@ from typing import Any, Literal
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from fitrl.data import ranks
 from fitrl.data.groups import TrajectoryGroup
 from fitrl.data.json_lines import number_to_json
 from fitrl.errors import InvalidArgumentError
 from fitrl.policy import trajectories as files
-from fitrl.policy.checkpoints import list_checkpoints, remove
+from fitrl.policy.checkpoints import is_whole, list_checkpoints, remove
 from fitrl.policy.loading import LoraSettings
 from fitrl.policy.migration import OlderCalls
 from fitrl.policy.trajectories import TrajectoryFormat
@@ -124,7 +125,11 @@ class TrainableModel(OlderCalls):
         """
         if mode not in ("max", "min"):
             raise InvalidArgumentError(f"mode must be 'max' or 'min', got {mode!r}")
+        return [Path(path) for path in ranks.first(lambda: self._delete_checkpoints(best, mode))]
+
+    def _delete_checkpoints(self, best: str | None, mode: str) -> list[str]:
         steps = {step: path for step, path in list_checkpoints(self.checkpoints_dir) if path.name == f"{step:04d}"}
+        steps = {step: path for step, path in steps.items() if is_whole(path)}  # no other is worth keeping for
         keep = {max(steps)} if steps else set()
         if best is not None:
             logged: dict[int, dict[str, float]] = {}
@@ -143,7 +148,7 @@ class TrainableModel(OlderCalls):
         doomed = [path for step, path in steps.items() if step not in keep]
         for path in doomed:
             remove(path)
-        return doomed
+        return [str(path) for path in doomed]
 
     def log(
         self,

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import torch
 
 from fitrl import _compat
+from fitrl.data import ranks
 from fitrl.data.batch import Feed
 from fitrl.data.groups import TrajectoryGroup
 from fitrl.data.join import join_groups
@@ -74,16 +75,23 @@ class RLTrainer(SessionTrainer):
         """Everything that `fit_rl` does once its arguments are checked."""
         if not self._busy.acquire(blocking=False):
             raise SessionError("this trainer is in a fit_rl call already; one trainer trains one model at a time")
+        self._busy_thread = threading.get_ident()
         try:
             with self._interrupts.listen():
                 result = self._update_alone(model, list(groups), settings)
+        except Exception as error:
+            # with several ranks the others have to agree, in the next call
+            if ranks.world_size() == 1 and (told := self._interrupts.take()) is not None:
+                raise told from error
+            raise
+        except BaseException:
+            self._interrupts.take()
+            raise
         finally:
+            self._busy_thread = None
             self._busy.release()
-        if self._interrupts.stop is Stop.SIGNALLED:
-            received, self._interrupts.received = self._interrupts.received, None
-            if received is signal.SIGINT:
-                raise KeyboardInterrupt
-            raise SystemExit(128 + signal.SIGTERM)
+        if self._interrupts.stop is Stop.SIGNALLED:  # of another rank, where this one got none
+            raise self._interrupts.take() or SystemExit(128 + signal.SIGTERM)
         return result
 
     def _update_alone(
@@ -100,13 +108,13 @@ class RLTrainer(SessionTrainer):
         if samples.groups and not stop:
             self._train(samples, settings, history)
             metrics = module.call_metrics
-            stop = self._interrupts.stop
             start = time.perf_counter()
             if settings.save_checkpoint and self.global_step > before:
                 checkpoint = self._save()
             metrics = metrics | {"time/checkpoint_s": time.perf_counter() - start}
         elif not stop:
             module.reward_history = history
+        stop = self._interrupts.agree()  # once more: it may have come while the checkpoint was written
         if stop is Stop.SIGNALLED:
             self._say_where_to_resume(self._save())
         result = LocalTrainResult(
@@ -124,6 +132,7 @@ class RLTrainer(SessionTrainer):
         """Run a call after those that wait already; a cancelled one stops between two optimizer steps."""
         if self._worker is None:
             self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fitrl-fit_rl")
+        self._interrupts.watch()  # here, on the thread that gets signals
         cancelled = threading.Event()
 
         def run() -> Any:
@@ -153,9 +162,6 @@ class RLTrainer(SessionTrainer):
 
     def _collect(self, model: TrainableModel, groups: Sequence[TrajectoryGroup], settings: UpdateSettings) -> SampleSet:
         """Open the model, join the ranks' groups and read them; nothing changes before they are known to be sound."""
-        for index, group in enumerate(groups):
-            if not isinstance(group, TrajectoryGroup):
-                raise DataError(f"groups[{index}] is a {type(group).__name__}, not a TrajectoryGroup")
         self.open(model)
         if self.verbs.get_status().accumulated_microbatches:
             raise SessionError("gradients of forward_backward are waiting: call optim_step or clear_gradients first")

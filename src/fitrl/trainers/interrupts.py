@@ -63,11 +63,19 @@ class Interrupts(Callback):
 
     def unwatch(self) -> None:
         """Give the handlers back."""
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in self._watched.items():
-                if self._handler(number) == self._handle:
-                    self._set_handler(number, handler)
+        if threading.current_thread() is not threading.main_thread():
+            return  # the session's end on the main thread does it
+        for number, handler in self._watched.items():
+            if self._handler(number) == self._handle:
+                self._set_handler(number, handler)
         self._watched.clear()
+
+    def take(self) -> BaseException | None:
+        """The exception that a signal asks for, once; None without a signal."""
+        received, self.received = self.received, None
+        if received is None:
+            return None
+        return KeyboardInterrupt() if received is signal.SIGINT else SystemExit(128 + received)
 
     def agree(self) -> Stop:
         """Whether this process or another rank was told to stop; a collective."""

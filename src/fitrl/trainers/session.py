@@ -6,6 +6,7 @@ one at most, and a run folder one trainer.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -112,6 +113,7 @@ class SessionTrainer(lightning.Trainer):
         self._session: _Session | None = None
         self._lock: RunLock | None = None
         self._busy = threading.Lock()
+        self._busy_thread: int | None = None
         self._worker: ThreadPoolExecutor | None = None
 
     @property
@@ -140,6 +142,8 @@ class SessionTrainer(lightning.Trainer):
                 model.step = session.model.step
                 session.model = session.module.model = model
             return self.verbs
+        if self._busy.locked() and self._busy_thread != threading.get_ident():
+            raise SessionError(f"a call of fit_rl is under way, {model!r} cannot be opened before it ends")
         if session is not None:
             if is_live and self.verbs.has_unsaved_steps:
                 self.verbs.save()
@@ -202,9 +206,7 @@ class SessionTrainer(lightning.Trainer):
 
     def close(self) -> None:
         """Tear down and free the device. What was not saved is gone: `fit_rl` saves unless told not to."""
-        if self._worker is not None:
-            self._worker.shutdown()
-            self._worker = None
+        self._end_worker()
         self._release()
         _compat.release_loggers(self)
         callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]
@@ -218,12 +220,23 @@ class SessionTrainer(lightning.Trainer):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._end_worker()
         session = self._session
         interrupted = error is not None and not isinstance(error, Exception)
         # with several ranks the others may not have been interrupted, and saving waits for all of them
         if interrupted and session is not None and self.verbs.has_unsaved_steps and ranks.world_size() == 1:
             self._say_where_to_resume(self._save())
         self.close()
+
+    def _end_worker(self) -> None:
+        """Stop the call of `fit_rl_async` that runs after its optimizer step, and drop those that wait."""
+        if self._worker is None:
+            return
+        self._worker.shutdown(wait=False, cancel_futures=True)
+        if (cancelled := self._interrupts.cancelled) is not None:
+            cancelled.set()
+        self._worker.shutdown()
+        self._worker = None
 
     def _release(self) -> None:
         if self._session is not None and self._session.sampler is not None:
@@ -246,6 +259,12 @@ class SessionTrainer(lightning.Trainer):
 
         Lightning's own launchers run the whole script again on each rank, rollouts and all, from its start.
         """
+        several = int(os.environ.get("WORLD_SIZE", "1"))
+        if "TORCHELASTIC_RUN_ID" in os.environ and several > 1 and self.world_size == 1:
+            raise InvalidArgumentError(
+                f"torchrun started {several} processes, and {type(self.strategy).__name__} trains with one: pass "
+                "strategy='fitrl_ddp'"
+            )
         environment = getattr(self.strategy, "cluster_environment", None)
         if self.strategy.launcher is None or (environment is not None and environment.creates_processes_externally):
             return
