@@ -11,7 +11,7 @@ import lightning
 import pytest
 
 import fitrl
-from fitrl.errors import UnknownArgumentError
+from fitrl.errors import SessionError, UnknownArgumentError
 from samples import make_groups
 
 CPU = {"accelerator": "cpu", "devices": 1, "enable_model_summary": False}
@@ -106,6 +106,39 @@ def test_a_signal_between_calls_saves_what_was_not(number, raised, model, capfd)
     assert "stopped at step 1" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)], ids=["SIGINT", "SIGTERM"]
+)
+def test_a_signal_while_a_checkpoint_is_written_is_heard_by_that_call(number, raised, model, monkeypatch) -> None:
+    with fitrl.LocalTrainer(**CPU) as trainer:
+        save = trainer.verbs.save
+
+        def interrupted(*arguments, **options):
+            os.kill(os.getpid(), number)
+            return save(*arguments, **options)
+
+        monkeypatch.setattr(trainer.verbs, "save", interrupted)
+        with pytest.raises(raised):
+            trainer.fit_rl(model, make_groups(seed=1), learning_rate=1e-3)
+        monkeypatch.undo()
+        assert [path.name for path in model.checkpoints()] == ["0001"]
+        assert trainer.fit_rl(model, make_groups(seed=2)).step == 2
+
+
+def test_a_signal_never_hits_a_later_call(model) -> None:
+    def fail() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        raise ValueError("in the middle")
+
+    failing = At(0, fail)
+    with fitrl.LocalTrainer(**CPU, callbacks=[failing]) as trainer:
+        with pytest.raises(KeyboardInterrupt) as caught:
+            trainer.fit_rl(model, make_groups(seed=1))
+        assert isinstance(caught.value.__cause__, ValueError)
+        failing.step = -1
+        assert trainer.fit_rl(model, make_groups(seed=1)).step == 1
+
+
 def test_handlers_of_the_users_own_are_left_alone_between_calls(model) -> None:
     got = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: got.append(number))
@@ -187,6 +220,43 @@ def test_errors_come_out_as_from_fit_rl(model) -> None:
             asyncio.run(trainer.fit_rl_async(model, make_groups(seed=1), deploy_checkpoint=True))
         with pytest.raises(fitrl.FitRLError, match="empty"):
             asyncio.run(trainer.fit_rl_async(model, []))
+
+
+def test_no_other_model_is_opened_under_a_running_call(model, tmp_path) -> None:
+    other = fitrl.TrainableModel("other", "tests", "tiny", lora=None, root=tmp_path)
+
+    async def main(trainer) -> int:
+        started, go = asyncio.Event(), threading.Event()
+        loop = asyncio.get_running_loop()
+        trainer.callbacks.append(At(0, lambda: (loop.call_soon_threadsafe(started.set), go.wait(60))))
+        running = asyncio.create_task(trainer.fit_rl_async(model, make_groups(seed=1)))
+        await started.wait()
+        with pytest.raises(SessionError, match="under way"):
+            trainer.open(other)
+        assert trainer.sampler(model).version == 0  # the open one may be asked for
+        go.set()
+        return (await running).step
+
+    with fitrl.LocalTrainer(**CPU) as trainer:
+        assert asyncio.run(main(trainer)) == 1
+
+
+def test_leaving_stops_the_call_that_runs_and_saves_after_it(model) -> None:
+    async def main() -> None:
+        started = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        with fitrl.LocalTrainer(**CPU, callbacks=[At(1, lambda: loop.call_soon_threadsafe(started.set))]) as trainer:
+            job = asyncio.create_task(
+                trainer.fit_rl_async(model, make_groups(seed=1), num_epochs=500, save_checkpoint=False)
+            )
+            await started.wait()
+            raise SystemExit(143)  # as SIGTERM does
+        await job
+
+    with pytest.raises(SystemExit):
+        asyncio.run(main())
+    [saved] = model.checkpoints()
+    assert 1 < model.step < 500 and saved.name == f"{model.step:04d}"
 
 
 def test_close_ends_the_thread(model) -> None:

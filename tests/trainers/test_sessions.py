@@ -212,6 +212,25 @@ def test_an_unknown_metric_deletes_nothing(run) -> None:
     assert len(kept(run)) == 5
 
 
+def test_a_damaged_newest_checkpoint_does_not_cost_the_whole_ones(run, caplog) -> None:
+    weights = run.checkpoints_dir / "0004" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    run.delete_checkpoints()
+    assert "0003" in kept(run)
+    assert "0004" in caplog.text
+
+
+def test_an_export_of_the_weights_does_not_shadow_the_exact_state(model) -> None:
+    with fitrl.LocalTrainer(**CPU) as trainer:
+        trainer.fit_rl(model, make_groups(seed=1), learning_rate=1e-3)
+        trainer.verbs.save(name="export", weights_only=True)
+    with fitrl.LocalTrainer(**CPU) as trainer:
+        trainer.open(model)
+        assert trainer.strategy.optimizers[0].state
+
+
 def test_nothing_to_delete(model) -> None:
     assert model.delete_checkpoints() == []
 
