@@ -17,7 +17,7 @@ import lightning
 import torch
 from torch import Tensor, nn
 
-from fitrl.data.batch import Batch, ModelInputs
+from fitrl.data.batch import Batch
 from fitrl.errors import InvalidArgumentError, NonFiniteGradientError, UnsupportedError
 from fitrl.objective.custom import evaluate
 from fitrl.objective.fused_linear import fused_linear_policy_loss, linear_logprobs
@@ -227,15 +227,13 @@ class PolicyModule(lightning.LightningModule):
 
     def _hidden_rows(self, batch: Batch, policy: Policy | None = None) -> Tensor:
         """Last hidden states [R, H] of the positions that predict a target."""
-        inputs = _readable(batch, policy or self.policy)
-        hidden: Tensor = (policy or self.policy).hidden(inputs.input_ids, inputs.position_ids).last_hidden_state
-        return hidden.flatten(0, 1).index_select(0, batch.loss_inputs.rows)
+        hidden = (policy or self.policy).hidden_of(batch.model_inputs)
+        return hidden.index_select(0, batch.loss_inputs.rows)
 
     def _logit_rows(self, batch: Batch, policy: Policy | None = None) -> Tensor:
         """Logits [R, V] of the whole model, float32 (float64 stays), divided by the temperature."""
-        inputs, targets = _readable(batch, policy or self.policy), batch.loss_inputs
-        logits: Tensor = (policy or self.policy).full_logits(inputs.input_ids, inputs.position_ids).logits
-        rows = logits.flatten(0, 1).index_select(0, targets.rows)
+        targets = batch.loss_inputs
+        rows = (policy or self.policy).full_logits_of(batch.model_inputs).index_select(0, targets.rows)
         rows = rows if rows.dtype == torch.float64 else rows.float()
         return rows / targets.temperature[:, None]
 
@@ -386,15 +384,6 @@ class PolicyModule(lightning.LightningModule):
 
 def _constant(step: int) -> float:
     return 1.0
-
-
-def _readable(batch: Batch, policy: Policy) -> ModelInputs:
-    """A batch's model inputs, if its layout is one that the policy keeps apart."""
-    if batch.layout == "packed" and not policy.can_pack:
-        raise InvalidArgumentError(
-            f"{type(policy.causal_lm).__name__} mixes histories that share a row: use pack(..., layout='padded')"
-        )
-    return batch.model_inputs
 
 
 def _files(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
