@@ -24,7 +24,8 @@ def real_float64() -> Iterator[None]:
         return tensor if asks and tensor.dtype == torch.float64 else to(tensor, *args, **kwargs)
 
     def stays_float(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return tensor if tensor.dtype == torch.float64 else to_float(tensor, *args, **kwargs)
+        narrow = tensor.is_floating_point() and tensor.dtype != torch.float64
+        return to_float(tensor, *args, **kwargs) if narrow else tensor.double()
 
     def exact_softmax(tensor: Tensor, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Tensor:
         return softmax(tensor, *args, dtype=None if tensor.dtype == torch.float64 else dtype, **kwargs)

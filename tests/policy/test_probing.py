@@ -120,6 +120,18 @@ def test_packed_and_shared_rows_are_what_padded_ones_are(family: str) -> None:
                 assert float((left - right).abs().max()) < 1e-10 * max(size, 1.0)
 
 
+def test_a_soft_cap_of_attention_is_never_dropped() -> None:
+    """Some versions of transformers give Gemma 2 an attention that ignores it."""
+    with torch.no_grad():
+        capped, loose = (
+            policy_of(Gemma2Config(**SMALL, attn_logit_softcapping=cap))
+            .full_logits(torch.tensor([[3, 4, 5, 6]]))
+            .logits
+            for cap in (0.01, 100.0)
+        )
+    assert float((capped - loose).abs().max()) > 1e-3
+
+
 @pytest.mark.parametrize("family", NOT_PACKING)
 def test_models_that_cannot_pack_are_padded_and_keep_their_attention(family: str, caplog: Any) -> None:
     caplog.set_level(logging.INFO, logger="fitrl")

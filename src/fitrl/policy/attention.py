@@ -48,6 +48,13 @@ def skips_hidden_keys(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def keep_soft_caps(network: Any) -> None:
+    """Leave SDPA to models that do not cap attention logits: it cannot, and transformers 5.17 lets it drop the cap."""
+    capped = getattr(network.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    if capped and network.config._attn_implementation == "sdpa":
+        network.set_attn_implementation("eager")
+
+
 def read_packed_rows(network: Any) -> bool:
     """Make a transformers model hand packed rows to our attention; whether it lets us."""
     stock = network.config._attn_implementation

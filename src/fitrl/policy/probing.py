@@ -18,7 +18,7 @@ from fitrl.data.bins import Layout
 from fitrl.data.groups import TokenHistory
 from fitrl.data.packing import pack
 from fitrl.data.samples import Sample
-from fitrl.policy.attention import read_no_packed_rows, read_packed_rows
+from fitrl.policy.attention import keep_soft_caps, read_no_packed_rows, read_packed_rows
 
 if TYPE_CHECKING:
     from fitrl.policy.loading import Policy
@@ -36,6 +36,7 @@ def probe(policy: Policy) -> None:
     histories = [_all_trained(ids) for ids in ([1, 5, 3, 2, 4, 1], [1, 5, 3, 4, 2])]
     try:
         with _narrow_windows(policy.causal_lm):
+            keep_soft_caps(policy.causal_lm)
             device = next(network.parameters()).device
             ids = [history.token_ids[None, :-1].to(device) for history in histories]
             alone = torch.cat([policy.full_logits(row).logits[0].float() for row in ids])
