@@ -186,6 +186,7 @@ def test_everything_but_packed_rows_goes_to_the_stock_attention(family: str) -> 
     policy = policy_of(PACKING[family])
     assert policy.causal_lm.config._attn_implementation.startswith("fitrl_")
     plain = copy.deepcopy(policy.network)
+    assert attention.read_packed_rows(plain)  # once more changes nothing
     attention.read_no_packed_rows(plain)
     ids = torch.tensor([[3, 4, 5, 6, 7, 8, 9], [3, 9, 9, 2, 2, 2, 2]])
     mask = torch.tensor([[1] * 7, [0] * 3 + [1] * 4])

@@ -57,7 +57,7 @@ def keep_soft_caps(network: Any) -> None:
 
 def read_packed_rows(network: Any) -> bool:
     """Make a transformers model hand packed rows to our attention; whether it lets us."""
-    stock = network.config._attn_implementation
+    stock = network.config._attn_implementation.removeprefix(_PREFIX)
     if stock not in _STOCK:
         return False
     network.set_attn_implementation(_register(stock))
@@ -227,6 +227,11 @@ def flex_attention(
 
 @functools.cache
 def _compiled_flex_attention() -> Callable[..., Any]:
+    import torch._dynamo
     from torch.nn.attention.flex_attention import flex_attention as plain
 
+    # one graph each for precisions, windows, caps, with and without gradients; past the limit, by default 8, it would
+    # run uncompiled, which computes every pair of tokens
+    limit = max(64, torch._dynamo.config.recompile_limit)
+    torch._dynamo.config.recompile_limit = limit
     return torch.compile(plain, dynamic=True)
