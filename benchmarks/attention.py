@@ -181,7 +181,7 @@ def _copy(policy: Policy, dtype: torch.dtype, device: torch.device) -> Policy:
 
 def _step(policy: Policy, batch: Batch) -> tuple[Tensor, Tensor]:
     """Hidden states of the predictors, and the gradient of a weighted sum of them."""
-    hidden = policy.hidden_of(batch.model_inputs)[batch.loss_inputs.rows]
+    hidden = policy.hidden_of(batch.model_inputs).flatten(0, 1)[batch.loss_inputs.rows]
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(hidden.shape, generator=generator, dtype=torch.float64).to(hidden.device)
     parameters = list(policy.causal_lm.base_model.parameters())
@@ -289,7 +289,7 @@ def time_layers(
 def update(policy: Policy, batch: Batch) -> None:
     """One forward and backward; gradients are thrown away."""
     with attention.attention_kernels(batch.loss_inputs.rows.device):
-        hidden = policy.hidden_of(batch.model_inputs)[batch.loss_inputs.rows]
+        hidden = policy.hidden_of(batch.model_inputs).flatten(0, 1)[batch.loss_inputs.rows]
         hidden.float().square().sum().backward()
     policy.network.zero_grad(set_to_none=True)
 

@@ -1,4 +1,7 @@
-"""Fixtures of all tests: one thread, the bundled policy, and a check that no test leaves anything behind."""
+"""Fixtures of all tests: one thread, the bundled policy, and a check that no test leaves anything behind.
+
+Without a GPU the Triton kernels run in Triton's interpreter, which has to be chosen before Triton is first imported.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,14 @@ from collections.abc import Iterator
 import psutil
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
-from transformers import PreTrainedTokenizerBase
 
-from fitrl.policy.loading import Policy, load_policy
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from hypothesis import HealthCheck, settings  # noqa: E402
+from transformers import PreTrainedTokenizerBase  # noqa: E402
+
+from fitrl.policy.loading import Policy, load_policy  # noqa: E402
 
 settings.register_profile(
     "fitrl",

@@ -17,6 +17,7 @@ import pytest
 from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 
 import fitrl
+import fitrl_command
 from fitrl import discovery
 from fitrl.errors import InvalidArgumentError
 from fitrl.strategies.local import LocalStrategy
@@ -27,7 +28,7 @@ FOUNDATION = ("_compat", "discovery")  # entry points and Lightning's private na
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path.parent != SOURCE / "assets")
 # heavy, or of one backend: inside a plugin or a function, never on the way of `import fitrl`
 HEAVY = """accelerate bitsandbytes datasets deepspeed fastapi gguf httpx jsonargparse kernels matplotlib openai pandas
-    peft requests scipy sklearn tensorboard tinker torchtitan transformers triton vllm wandb""".split()
+    peft pyarrow requests scipy shtab sklearn tensorboard tinker torchtitan transformers triton vllm wandb""".split()
 
 
 def room(module: str) -> str:
@@ -93,9 +94,11 @@ def test_the_check_itself_sees_an_import_that_runs_up(line, tmp_path, monkeypatc
 
 def test_the_core_imports_what_it_declares_and_no_plugin() -> None:
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
-    requirements = project["dependencies"] + project["optional-dependencies"]["gguf"]
+    extras = project["optional-dependencies"]
+    requirements = project["dependencies"] + extras["gguf"] + extras["parquet"]
     declared = {re.match(r"[\w-]+", requirement)[0].replace("-", "_") for requirement in requirements}
-    declared.add("fitrl")
+    declared |= {"fitrl", "fitrl_command", "yaml"}  # the last is imported by another name than its distribution's
+    declared.add("triton")  # torch brings it along where there is a GPU
     for path in FILES:
         for module, _, line in imports(path):
             top = module.split(".")[0]
@@ -206,7 +209,7 @@ def test_entry_points_resolve() -> None:
     assert found["fitrl.trainers", "local"] is fitrl.LocalTrainer
     assert found["fitrl.samplers", "transformers"] is fitrl.TransformersSampler
     [command] = importlib.metadata.entry_points(group="console_scripts", name="fitrl")
-    assert callable(command.load())
+    assert command.load() is fitrl_command.main
 
 
 def test_discovery() -> None:

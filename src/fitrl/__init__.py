@@ -27,6 +27,7 @@ from fitrl.rollout.sampler import Sampler
 from fitrl.rollout.transformers import TransformersSampler
 from fitrl.trainers.base import RLTrainer
 from fitrl.trainers.local import LocalTrainer
+from fitrl.trainers.progress import RewardProgressBar
 
 __version__ = "0.1.0"
 
@@ -51,6 +52,7 @@ __all__ = [
     "PolicyModule",
     "PolicyTrainer",
     "RLTrainer",
+    "RewardProgressBar",
     "RolloutDataModule",
     "Sampler",
     "Scores",

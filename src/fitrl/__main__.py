@@ -1,7 +1,7 @@
-"""`python -m fitrl`."""
+"""`python -m fitrl`, which `torchrun` needs."""
 
 import sys
 
-from fitrl.cli import main
+from fitrl_command import main
 
 sys.exit(main())

@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from fitrl import Objective, PolicyLoss, fused_linear_policy_loss, policy_loss
 from fitrl.errors import InvalidArgumentError
-from fitrl.objective.fused_linear import linear_logits, linear_logprobs
+from fitrl.objective import linear_head
+from fitrl.objective.logprobs import linear_logits, linear_logprobs, logits_logprobs
 
 NAN, INF = math.nan, math.inf
 TOKENS, WIDTH, VOCABULARY = 11, 5, 17
@@ -298,6 +299,27 @@ def test_gradcheck_of_logprobs_and_entropies(rows_per_tile: int, with_bias: bool
     assert torch.autograd.gradcheck(lambda *args: both(*args)[1], leaves)
 
 
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("rows_per_tile", [2, None])
+@pytest.mark.parametrize(
+    "options", [{}, {"importance_sampling_level": "geometric_average"}, {"kl_coef": 0.3, "kl_estimator": "k3"}]
+)
+def test_gradcheck_of_the_loss(options: dict[str, Any], rows_per_tile: int | None, softcap: float | None) -> None:
+    head, batch = make_head(5, 3, 6, seed=5), make_batch(5, 6, seed=5)
+    batch["mask"] = torch.tensor([True, True, False, True, True])
+    batch["old_logprobs"] = explicit_logprobs(**head, targets=batch["targets"], softcap=softcap)[0].detach() + 0.03
+    objective = Objective(ppo=True, **options)  # CISPO's gradient is not that of its value
+
+    def loss(*leaves: Tensor) -> Tensor:
+        given = dict(zip(head, leaves, strict=True))
+        result = fused_linear_policy_loss(
+            **given, **batch, objective=objective, rows_per_tile=rows_per_tile, softcap=softcap
+        )
+        return result.loss * 1.7
+
+    assert torch.autograd.gradcheck(loss, list(head.values()))
+
+
 def test_gradient_of_the_output_scales_that_of_the_inputs(head: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
     result = fused_linear_policy_loss(**head, **batch, objective=OBJECTIVES["all"], rows_per_tile=4)
     once = torch.autograd.grad(result.loss, list(head.values()), retain_graph=True)
@@ -560,12 +582,13 @@ def test_extreme_logits_stay_finite() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Notes the most elements that any operation returned, and all shapes."""
+    """Notes the most elements that any operation returned, and the shapes of what is no view of the inputs."""
 
-    def __init__(self) -> None:
+    def __init__(self, *inputs: Tensor) -> None:
         super().__init__()
         self.elements = 0
         self.shapes: set[tuple[int, ...]] = set()
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in inputs}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -574,7 +597,8 @@ class Largest(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self.elements = max(self.elements, leaf.numel())
-                self.shapes.add(tuple(leaf.shape))
+                if leaf.untyped_storage().data_ptr() not in self.known:
+                    self.shapes.add(tuple(leaf.shape))
         return result
 
 
@@ -593,10 +617,11 @@ def saved_elements() -> Iterator[list[int]]:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("exact", [True, False])
-@pytest.mark.parametrize("name", ["cispo", "all"])
+@pytest.mark.parametrize("name", ["cispo", "entropy"])
 def test_only_one_tile_of_logits_exists(dtype: torch.dtype, exact: bool, name: str) -> None:
-    tokens, width, vocabulary, rows = 64, 4, 96, 8
+    tokens, width, vocabulary, rows = 64, 4, 128, 8  # rows of logits start at multiples of 64
     head, batch = make_head(tokens, width, vocabulary, dtype=dtype), make_batch(tokens, vocabulary)
+    del batch["reference_logprobs"]
     with Largest() as largest, saved_elements() as saved:
         result = fused_linear_policy_loss(
             **head,
@@ -605,7 +630,6 @@ def test_only_one_tile_of_logits_exists(dtype: torch.dtype, exact: bool, name: s
             softcap=5.0,
             exact_logits=exact,
             rows_per_tile=rows,
-            with_entropies=True,
         )
         result.loss.backward()
     assert largest.elements == rows * vocabulary
@@ -619,8 +643,8 @@ def test_no_memory_for_the_gradient_of_a_frozen_input(frozen: str, batch: dict[s
     for trained in (True, False):
         head = make_head()
         head[frozen].requires_grad_(trained)
-        loss = fused_linear_policy_loss(**head, **batch, objective=Objective(), rows_per_tile=2).loss
-        with Largest() as largest:
+        with Largest(*head.values()) as largest:
+            loss = fused_linear_policy_loss(**head, **batch, objective=Objective(), rows_per_tile=2).loss
             loss.backward()
         shapes[trained] = largest.shapes
     shape = {"hidden": (TOKENS, WIDTH), "weight": (VOCABULARY, WIDTH), "bias": (VOCABULARY,)}[frozen]
@@ -635,13 +659,177 @@ def test_the_memory_test_sees_explicit_logits(head: dict[str, Tensor], batch: di
 
 
 def test_default_tile_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fitrl.objective.fused_linear._TILE_ELEMENTS", 200)
-    for vocabulary, elements in ((96, 192), (300, 300)):
+    monkeypatch.setitem(linear_head._TILE_BYTES, "cpu", 8 * 200)
+    for vocabulary, elements in ((64, 192), (320, 320)):
         head, batch = make_head(64, 2, vocabulary), make_batch(64, vocabulary)
+        batch["mask"] = torch.ones(64, dtype=torch.bool)
         head["weight"].requires_grad_(False)
         with Largest() as largest:
             fused_linear_policy_loss(**head, **batch, objective=Objective()).loss.backward()
         assert largest.elements == max(elements, vocabulary * 2)  # the tile, or the weight seen transposed
+
+
+def test_tiles_are_cut_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def sizes(rows: int, rows_per_tile: int | None, allowed: int) -> int:
+        monkeypatch.setitem(linear_head._TILE_BYTES, "cpu", allowed * 40)
+        return linear_head.in_tiles(
+            lambda size: seen.append(size) or size,  # type: ignore[func-returns-value]
+            rows=rows,
+            rows_per_tile=rows_per_tile,
+            vocabulary=10,
+            itemsize=4,
+            device=torch.device("cpu"),
+        )
+
+    assert sizes(16384, None, 10000) == 8192  # two tiles, not one of 10000 and a rest
+    assert sizes(900, None, 1000) == 900
+    assert sizes(1001, None, 1000) == 512  # a multiple of 128
+    assert sizes(16384, 10000, 10) == 10000  # what was asked for
+    assert sizes(5, 10000, 10) == 5
+    assert sizes(0, None, 10) == 1
+
+
+def test_out_of_memory_halves_the_tiles_and_remembers(
+    head: dict[str, Tensor], batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr(linear_head, "_FITTING", {})
+    largest, tried = 3, []
+    real = linear_head.LinearHead.logits
+
+    def logits(self: Any, tile: slice) -> Tensor:
+        rows = tile.stop - tile.start
+        tried.append(rows)
+        if rows > largest:
+            raise torch.OutOfMemoryError("no memory for that many rows")
+        return real(self, tile)
+
+    monkeypatch.setattr(linear_head.LinearHead, "logits", logits)
+    wanted = {name: explicit_policy_loss(head, batch, objective=OBJECTIVES[name]) for name in ("ppo", "cispo")}
+    for name in ("cispo", "ppo"):  # tiles on their own, and all rows at once, which become two passes by tiles
+        result = fused_linear_policy_loss(**head, **batch, objective=OBJECTIVES[name])
+        assert_close(result.loss, wanted[name].loss)
+        assert_close(gradients(result.loss, head), gradients(wanted[name].loss, head))
+        if name == "cispo":
+            assert "out of memory" in caplog.text
+            assert max(tried) == int(batch["mask"].sum())
+            tried.clear()
+    assert max(tried) <= largest  # remembered: never again that many
+    largest = 0
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        fused_linear_policy_loss(**head, **batch, objective=Objective())
+
+
+# -- rows that are left out ---------------------------------------------------------------------------------------
+
+
+def rows_computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Collects how many rows each head sees."""
+    seen: list[int] = []
+    real = linear_head.LinearHead.__init__
+
+    def init(self: Any, hidden: Tensor, *args: Any, **keywords: Any) -> None:
+        seen.append(len(hidden))
+        real(self, hidden, *args, **keywords)
+
+    monkeypatch.setattr(linear_head.LinearHead, "__init__", init)
+    return seen
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_rows_without_a_gradient_never_reach_the_head(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = OBJECTIVES[name]
+    batch = make_batch(40, seed=3)
+    batch["trajectory_ids"] = torch.arange(40) // 5
+    batch["advantages"][batch["trajectory_ids"] % 2 == 0] = 0.0
+    batch["advantages"][5:7] = 0.0  # a part of a trajectory only
+    if not objective.kl_coef:
+        del batch["reference_logprobs"]
+    head = make_head(40)
+    m, a = batch["mask"], batch["advantages"]
+    needed = m
+    if not objective.teaches_without_advantage:
+        by_sequence = objective.importance_sampling_level != "token"
+        needed = m & ((batch["trajectory_ids"] % 2 == 1) if by_sequence else (a != 0))
+        assert needed.sum() < m.sum()
+    wanted = explicit_policy_loss(head, batch, objective=objective)
+    expected = gradients(wanted.loss, head)
+    seen = rows_computed(monkeypatch)
+    for rows_per_tile in (None, 7):
+        found = fused_linear_policy_loss(**head, **batch, objective=objective, rows_per_tile=rows_per_tile)
+        assert_close(found.loss, wanted.loss)
+        assert_close(gradients(found.loss, head), expected)
+        assert set(seen) == {int(needed.sum())}
+        assert torch.equal(found.logprobs.isnan(), ~needed)
+        assert int(found.metrics["token_count"]) == int(needed.sum())
+
+
+def test_rows_chosen_before_are_all_computed(
+    head: dict[str, Tensor], batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = explicit_policy_loss(head, batch, objective=Objective())
+    seen = rows_computed(monkeypatch)
+    with torch.no_grad():
+        head["hidden"][~batch["mask"]] = NAN
+    batch["targets"][~batch["mask"]] = -100
+    found = fused_linear_policy_loss(**head, **batch, objective=Objective(), leave_out=False)
+    assert seen == [TOKENS]
+    assert_close(found.loss, wanted.loss)
+    assert torch.equal(found.logprobs.isnan(), ~batch["mask"])
+    grads = gradients(found.loss, head)
+    assert all(grad.isfinite().all() for grad in grads.values())
+    assert_close(dict(found.metrics), {key: wanted.metrics[key] for key in found.metrics})
+
+
+def test_metrics_that_were_asked_for_keep_rows_of_advantage_zero(
+    head: dict[str, Tensor], batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch["advantages"].zero_()
+    for options in ({"with_entropies": True}, {}):
+        seen = rows_computed(monkeypatch)
+        found = fused_linear_policy_loss(**head, **batch, **options, objective=Objective())
+        assert set(seen) == {int(batch["mask"].sum())}  # reference logprobs were given
+        wanted = explicit_policy_loss(head, batch, objective=Objective())
+        assert_close(dict(found.metrics), {key: wanted.metrics[key] for key in found.metrics})
+
+
+# -- heads that cannot be taken apart -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [None, [0, 3, 4, 9]])
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("temperature", [0.7, None])
+def test_logits_logprobs(rows: list[int] | None, in_place: bool, temperature: float | None) -> None:
+    generator = torch.Generator().manual_seed(4)
+    leaf = torch.randn(10, VOCABULARY, generator=generator, dtype=torch.float64).requires_grad_()
+    index = None if rows is None else torch.tensor(rows)
+    count = 10 if rows is None else len(rows)
+    targets = torch.randint(VOCABULARY, (count,), generator=generator)
+    scale = torch.linspace(0.5, 2.0, count, dtype=torch.float64) if temperature is None else temperature
+    factors = torch.randn(2, count, generator=generator, dtype=torch.float64)
+    logprobs, entropies = logits_logprobs(
+        leaf * 1.5, targets, temperature=scale, rows=index, with_entropies=True, in_place=in_place
+    )
+    (found,) = torch.autograd.grad((factors[0] * logprobs + factors[1] * entropies).sum(), leaf)
+    logits = leaf * 1.5 if index is None else (leaf * 1.5)[index]
+    log_probs = (logits / torch.as_tensor(scale, dtype=torch.float64).reshape(-1, 1)).log_softmax(dim=1)
+    wanted = log_probs.gather(1, targets[:, None]).squeeze(1)
+    wanted_entropies = -(log_probs.exp() * log_probs).sum(dim=1)
+    assert_close(logprobs, wanted)
+    assert_close(entropies, wanted_entropies)
+    (expected,) = torch.autograd.grad((factors[0] * wanted + factors[1] * wanted_entropies).sum(), leaf)
+    assert_close(found, expected)
+
+
+def test_gradcheck_of_logits_logprobs() -> None:
+    logits = torch.randn(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    targets = torch.tensor([0, 4, 2])
+
+    def both(logits: Tensor) -> Any:
+        return logits_logprobs(logits, targets, temperature=0.6, rows=torch.tensor([3, 0, 1]), with_entropies=True)
+
+    assert torch.autograd.gradcheck(both, [logits])
 
 
 # -- logits for samplers ------------------------------------------------------------------------------------------
@@ -693,6 +881,17 @@ def test_linear_logits_are_not_rounded(dtype: torch.dtype, softcap: float | None
         ({"temperature": torch.ones(TOKENS, 1)}, "temperature"),
         ({"rows_per_tile": 0}, "rows_per_tile.*0"),
         ({"rows_per_tile": -3}, "rows_per_tile.*-3"),
+        ({"targets": torch.full((TOKENS,), VOCABULARY)}, r"targets\[\d+\] is 17.*17 tokens"),
+        ({"targets": torch.full((TOKENS,), -1)}, r"targets\[\d+\] is -1"),
+        ({"softcap": 0.0}, "softcap.*0.0"),
+        ({"softcap": -1.0}, "softcap.*-1.0"),
+        ({"temperature": 0.0}, "temperature.*0.0"),
+        ({"temperature": -1.0}, "temperature.*-1.0"),
+        ({"temperature": torch.ones(TOKENS, requires_grad=True)}, "temperature requires grad"),
+        ({"bias": torch.zeros(VOCABULARY, dtype=torch.int64)}, "bias.*int64"),
+        ({"weight": torch.zeros(VOCABULARY, WIDTH, device="meta")}, "weight is on meta"),
+        ({"bias": torch.zeros(VOCABULARY, device="meta")}, "bias is on meta"),
+        ({"targets": torch.zeros(TOKENS, dtype=torch.int64, device="meta")}, "targets are on meta"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -715,6 +914,86 @@ def test_wrong_shapes_of_the_rest_are_named(head: dict[str, Tensor], batch: dict
     for wrong in (batch[name][:3], batch[name][:1], batch[name][0], batch[name][:, None]):
         with pytest.raises(InvalidArgumentError, match=name):
             fused_linear_policy_loss(**head, **{**batch, name: wrong}, objective=Objective())
+
+
+@pytest.mark.parametrize("name", ["old_logprobs", "advantages", "rollout_logprobs", "reference_logprobs"])
+def test_what_gets_no_gradient_must_not_ask_for_one(
+    head: dict[str, Tensor], batch: dict[str, Tensor], name: str
+) -> None:
+    batch[name].requires_grad_()
+    with pytest.raises(InvalidArgumentError, match=f"{name} requires grad"):
+        fused_linear_policy_loss(**head, **batch, objective=Objective())
+
+
+@pytest.mark.parametrize("name", ["old_logprobs", "advantages", "trajectory_ids", "rollout_logprobs"])
+def test_other_devices_are_named(head: dict[str, Tensor], batch: dict[str, Tensor], name: str) -> None:
+    batch[name] = batch[name].to("meta")
+    with pytest.raises(InvalidArgumentError, match=f"{name} is on meta"):
+        fused_linear_policy_loss(**head, **batch, objective=Objective())
+
+
+def test_trajectory_ids_are_int64(head: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
+    batch["trajectory_ids"] = batch["trajectory_ids"].int()
+    with pytest.raises(InvalidArgumentError, match="trajectory_ids.*int32"):
+        fused_linear_policy_loss(**head, **batch, objective=Objective())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"logits": torch.zeros(3)}, r"logits must be \[N, V\]"),
+        ({"logits": torch.zeros(3, 4, dtype=torch.int64)}, "int64"),
+        ({"targets": torch.zeros(2, dtype=torch.int64)}, "targets"),
+        ({"targets": torch.full((3,), 4)}, r"targets\[0\] is 4"),
+        ({"temperature": torch.ones(2)}, "temperature"),
+        ({"rows": torch.tensor([1, 0])}, "targets"),
+        ({"rows": torch.tensor([1, 0, 2], dtype=torch.int32)}, "rows.*int32"),
+        ({"rows": torch.tensor([[1, 0, 2]])}, r"rows.*\(1, 3\)"),
+    ],
+)
+def test_logits_that_do_not_fit(changes: dict[str, Any], words: str) -> None:
+    given = {"logits": torch.zeros(3, 4), "targets": torch.zeros(3, dtype=torch.int64), **changes}
+    with pytest.raises(InvalidArgumentError, match=words):
+        logits_logprobs(**given)
+
+
+# -- in company ---------------------------------------------------------------------------------------------------
+
+
+def test_beside_a_compiled_layer(head: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
+    layer = torch.nn.Linear(WIDTH, WIDTH).double()
+    compiled = torch.compile(layer, backend="aot_eager")
+    grads = []
+    for module in (layer, compiled):
+        loss = fused_linear_policy_loss(
+            **{**head, "hidden": torch.tanh(module(head["hidden"]))}, **batch, objective=OBJECTIVES["all"]
+        ).loss
+        grads.append(torch.autograd.grad(loss, [*layer.parameters(), *head.values()]))
+    assert_close(grads[1], grads[0])
+
+
+def test_under_ddp(batch: dict[str, Tensor], tmp_path: Any) -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(WIDTH, WIDTH).double()
+            self.weight = torch.nn.Parameter(make_head()["weight"].detach())
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            hidden = self.layer(inputs)
+            result = fused_linear_policy_loss(hidden, self.weight, **batch, objective=Objective(), rows_per_tile=4)
+            return result.loss
+
+    model, inputs = Model(), make_head()["hidden"].detach()
+    wanted = torch.autograd.grad(model(inputs), list(model.parameters()))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        ddp = torch.nn.parallel.DistributedDataParallel(model)
+        for _ in range(2):
+            ddp(inputs).backward()  # a weight without a gradient would be an error in the second
+        assert_close([p.grad / 2 for p in model.parameters()], list(wanted))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(

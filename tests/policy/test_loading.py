@@ -379,20 +379,28 @@ def head_adapters(tmp_path):
 
 def test_an_adapter_on_the_head_is_never_ignored(head_adapters) -> None:
     module = head_adapters.verbs.policy_module
-    assert isinstance(module, PolicyModule) and not module.policy.has_linear_head
+    assert isinstance(module, PolicyModule) and module.policy.has_linear_head
     [batch] = pack(make_samples(seed=1, num_trajectories=3))
     before = module.score(batch)
-    head_adapters.verbs.forward_backward(batch)
-    gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
-    assert any("lm_head" in name and float(grad.abs().max()) > 0 for name, grad in gradients.items())
-    head_adapters.verbs.optim_step(learning_rate=1e-2)
-    base = module.policy.causal_lm.lm_head
-    moved_by_head = base.lora_B["default"].weight
-    assert float(moved_by_head.abs().max()) > 0
+    head = module.policy.causal_lm.lm_head
+    with torch.no_grad():  # adapters start as nothing
+        head.lora_B["default"].weight.normal_(std=0.1)
     after = module.score(batch)
-    with torch.no_grad():
-        moved_by_head.zero_()
-    assert not torch.allclose(before, after) and not torch.allclose(module.score(batch), after)
+    assert float((before - after).abs().max()) > 0.01
+    gradients = {}
+    for linear in (True, False):  # by the head's weight, and by what PEFT's layer computes
+        module.policy.has_linear_head = linear
+        assert torch.allclose(module.score(batch), after, atol=1e-5)
+        head_adapters.verbs.forward_backward(batch)
+        gradients[linear] = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+        head_adapters.verbs.clear_gradients()
+    assert gradients[True].keys() == gradients[False].keys()
+    assert {name.split(".")[-3] for name in gradients[True] if "lm_head" in name} == {"lora_A", "lora_B"}
+    for name, grad in gradients[True].items():
+        assert float(grad.abs().max()) > 0 or "layers" in name, name  # the others' halves that start as 0 hide theirs
+        assert torch.allclose(grad, gradients[False][name], rtol=1e-3, atol=1e-6), name
+    with module.network.disable_adapter():
+        assert module.policy.head[0] is head.base_layer.weight
 
 
 # -- saved weights ----------------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def weighted_logits(policy: Policy, samples: list[Sample], layout: Any) -> tuple
     """Logits of all predictors, and the gradient of a weighted sum of them."""
     [batch] = pack(samples, layout=layout)
     assert batch.layout == layout
-    logits = policy.full_logits_of(batch.model_inputs)[batch.loss_inputs.rows]
+    logits = policy.full_logits_of(batch.model_inputs).flatten(0, 1)[batch.loss_inputs.rows]
     weight = torch.cos(torch.arange(logits.numel(), dtype=torch.float64)).view(logits.shape)
     parameters = [p for p in policy.network.parameters() if p.requires_grad]
     gradients = torch.autograd.grad((logits * weight).sum(), parameters, allow_unused=True)

@@ -104,8 +104,10 @@ def test_the_gradient_is_that_of_separate_histories(
         assert value == pytest.approx(told_apart[name], rel=1e-9, abs=1e-9), name
 
 
-def test_what_is_trained_may_be_shared() -> None:
+@pytest.mark.parametrize("has_linear_head", [True, False])
+def test_what_is_trained_may_be_shared(has_linear_head: bool, monkeypatch: Any) -> None:
     """One completion twice with advantages of both signs, two first tokens at one place, a turn that goes on."""
+    monkeypatch.setattr(_module(False).policy, "has_linear_head", has_linear_head)
     prompt = [9, 8, 7]
     samples = [
         sample(token_history([*prompt, 5, 6, 4], [0, 0, 0, 1, 1, 1]), advantage=1.0),

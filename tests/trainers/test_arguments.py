@@ -12,6 +12,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 import fitrl
 from fitrl.data.packing import pack
 from fitrl.errors import FitRLError, InvalidArgumentError, UnknownArgumentError
+from fitrl.objective.linear_head import LinearHead
 from fitrl.policy.plots import plot_batches
 from fitrl.trainers.local import LocalTrainer
 from samples import make_groups, make_samples
@@ -232,13 +233,14 @@ def test_scale_learning_rate_by_reward_std_dev(tmp_path) -> None:
 
 
 def test_logprob_calculation_chunk_size_bounds_the_rows_of_logits(tmp_path, monkeypatch) -> None:
-    import fitrl.objective.fused_linear as fused
-
     rows = []
-    tiles = fused._tiles
-    monkeypatch.setattr(fused, "_tiles", lambda n, size: rows.append(size) or tiles(n, size))
+    logits = LinearHead.logits
+    monkeypatch.setattr(
+        LinearHead, "logits", lambda head, tile: rows.append(tile.stop - tile.start) or logits(head, tile)
+    )
     learn(tmp_path / "a", precalculate_logprobs=True, logprob_calculation_chunk_size=5)
-    assert 5 in rows
+    scored, trained = rows[:-1], rows[-1]
+    assert max(scored) == 5 and sum(scored) == trained > 5
     with pytest.raises(InvalidArgumentError, match="has no effect"):
         learn(tmp_path / "b", logprob_calculation_chunk_size=5)
 

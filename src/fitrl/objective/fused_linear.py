@@ -1,23 +1,29 @@
-"""From hidden states to the policy loss without the batch's logits: tiles of rows, recomputed in backward.
+"""From hidden states to the policy loss without the batch's logits: gradients in forward, by tiles of rows.
 
-Enters: last hidden states and the output head. Leaves: logprobs (and entropies) with grad, or the whole policy
-loss. Only one [rows_per_tile, V] tile of logits exists at a time, in forward and in backward.
+Enters: last hidden states and the output head. Leaves: the policy loss, or logprobs (and entropies) with grad. Only one
+tile of logits exists at a time. One sweep over it leaves logprobs, and the gradient of the logits up to a factor of
+each row; `loss_terms` and autograd over vectors give the factors, and two products take the gradient to the hidden
+states and the weight: three products in all, where computing the logits again in backward takes four. Entropies and
+float16 take a second sweep. The loss itself is defined in `policy_loss` alone.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fitrl.errors import InvalidArgumentError
+from fitrl.objective.head_inputs import check_head, check_targets, check_vectors, row_shape, wide_dtype
+from fitrl.objective.linear_head import HeadGradients, LinearHead, compute_dtype, in_tiles, tiles
+from fitrl.objective.logprobs import LinearLogprobs
 from fitrl.objective.objective import Objective, PolicyLoss
-from fitrl.objective.policy_loss import policy_loss
-
-# elements of one tile of logits: 128 MiB in float32
-_TILE_ELEMENTS = 2**25
+from fitrl.objective.policy_loss import LossTerms, added, loss_terms
+from fitrl.objective.rows import RowShape, RowStatistics, scaled, statistics, swept_
+from fitrl.objective.token_rows import TokenRows, independent_of_other_rows, token_rows
 
 
 def fused_linear_policy_loss(
@@ -36,6 +42,7 @@ def fused_linear_policy_loss(
     rows_per_tile: int | None = None,
     exact_logits: bool = False,
     with_entropies: bool = False,
+    leave_out: bool = True,
     rollout_logprobs: Tensor | None = None,
     reference_logprobs: Tensor | None = None,
     num_tokens: Tensor | float | None = None,
@@ -44,21 +51,36 @@ def fused_linear_policy_loss(
 ) -> PolicyLoss:
     """`policy_loss` of `hidden @ weight.T`, never holding more than one tile of logits.
 
+    Three products with the weight, two if it is frozen. Where the loss of a token depends on other tokens' new
+    logprobs (sequence-level ratios; `kl_in="advantage"` without `kl_mean`) and the rows do not fit into one tile, the
+    logits are computed twice. Without gradients: one product.
+
+    Rows that cannot have a gradient are left out before the head: those masked out, and those of advantage 0 if the
+    objective teaches nothing without one (of whole trajectories for sequence-level ratios; never if entropies or
+    reference logprobs are given, whose metrics need them). The loss and its denominators stay the same; `token_count`
+    and the metrics of ratios are over the rows that were computed. Finding the rows takes a device synchronisation if
+    `mask` and `advantages` are on a GPU; with the mask alone on the CPU only masked-out rows are left out.
+
+    Targets are checked against V on the CPU; on a GPU only with FITRL_DEBUG=1 in the environment, because it
+    synchronises. Otherwise one that is out of range there makes a NaN.
+
     Args:
         hidden: [T, H] bf16, fp16, fp32 or fp64, with grad.
         weight: [V, H] output head, with grad or frozen.
         targets: [T] int64, the token that each row predicts.
-        old_logprobs: [T], see `policy_loss`; so are the other tensors of its names.
+        old_logprobs: [T], see `policy_loss`; so are the other tensors of its names. None of them gets a gradient.
         advantages: [T].
-        mask: [T]; hidden states of rows that are masked out may hold anything.
+        mask: [T], here or on the CPU; hidden states of rows that are masked out may hold anything.
         trajectory_ids: [T] int64.
         objective: which loss.
-        bias: [V] or None.
+        bias: [V] or None, with grad or frozen.
         temperature: scalar or [T]; logits are divided by it.
         softcap: logits become `softcap * tanh(logits / softcap)` before the temperature (Gemma 2).
-        rows_per_tile: rows of logits held at once; None: 2^25 elements.
+        rows_per_tile: rows of logits held at once; None: 2.3 GiB of logits (128 MiB on the CPU). Halved, and the
+            number of bytes that fitted remembered for the device, when the GPU is out of memory.
         exact_logits: float32 logits from 16-bit inputs, instead of logits rounded to 16 bits.
         with_entropies: also compute entropies when `entropy_coef` is 0.
+        leave_out: False: compute all rows, and never synchronise; for rows that were chosen before.
         rollout_logprobs: [T].
         reference_logprobs: [T].
         num_tokens: global count.
@@ -66,228 +88,241 @@ def fused_linear_policy_loss(
         kl_mean: see `policy_loss`.
 
     Returns:
-        The loss with its metrics, and `.logprobs` [T] without grad; `.entropies` [T] when computed.
-    """
-    rows = _check(hidden, weight, targets, bias, temperature)
-    if mask.shape != (rows,):
-        raise InvalidArgumentError(f"mask must be [{rows}], got {tuple(mask.shape)}")
-    keep = mask.bool()
-    if isinstance(temperature, Tensor) and temperature.dim():
-        temperature = torch.where(keep, temperature, 1.0)
-    logprobs, entropies = linear_logprobs(
-        torch.where(keep[:, None], hidden, 0.0),
-        weight,
-        torch.where(keep, targets, 0),
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        rows_per_tile=rows_per_tile,
-        exact_logits=exact_logits,
-        with_entropies=with_entropies or objective.entropy_coef != 0,
-    )
-    result = policy_loss(
-        logprobs,
-        old_logprobs,
-        advantages,
-        mask,
-        trajectory_ids,
-        objective,
-        rollout_logprobs=rollout_logprobs,
-        reference_logprobs=reference_logprobs,
-        entropies=entropies,
-        num_tokens=num_tokens,
-        num_sequences=num_sequences,
-        kl_mean=kl_mean,
-    )
-    return PolicyLoss(
-        loss=result.loss,
-        metrics=result.metrics,
-        logprobs=logprobs.detach(),
-        entropies=None if entropies is None else entropies.detach(),
-    )
-
-
-def linear_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = None,
-    temperature: Tensor | float = 1.0,
-    softcap: float | None = None,
-    rows_per_tile: int | None = None,
-    exact_logits: bool = False,
-    with_entropies: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probability of each target under `softmax(hidden @ weight.T / temperature)`, by tiles of rows.
-
-    Returns:
-        logprobs [T] and, with `with_entropies`, entropies [T]; float32 (float64 from float64), with grad.
+        The loss with its metrics, and `.logprobs` [T] without grad, NaN where a row was left out or is masked out;
+        `.entropies` [T] likewise when computed.
 
     Raises:
-        InvalidArgumentError: shapes or dtypes that do not fit.
+        InvalidArgumentError: shapes, devices or dtypes that do not fit, targets out of range.
     """
-    rows = _check(hidden, weight, targets, bias, temperature)
-    if rows_per_tile is None:
-        rows_per_tile = max(1, _TILE_ELEMENTS // weight.shape[0])
-    elif rows_per_tile < 1:
-        raise InvalidArgumentError(f"rows_per_tile must be at least 1, got {rows_per_tile}")
-    accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    scale = torch.as_tensor(temperature, dtype=accumulate, device=hidden.device).expand(rows)
-    logprobs, entropies = _LinearLogprobs.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, targets, scale, softcap, rows_per_tile, exact_logits, with_entropies
+    size = check_head(hidden, weight, targets, bias, temperature, rows_per_tile, softcap)
+    vectors = {
+        "old_logprobs": old_logprobs,
+        "advantages": advantages,
+        "mask": mask,
+        "trajectory_ids": trajectory_ids,
+        "rollout_logprobs": rollout_logprobs,
+        "reference_logprobs": reference_logprobs,
+    }
+    check_vectors(hidden, size, vectors)
+    with torch.no_grad():
+        index = None
+        if leave_out:
+            index = _rows_with_gradient(
+                objective,
+                mask,
+                advantages,
+                trajectory_ids,
+                only_masked=with_entropies or reference_logprobs is not None,
+            )
+            index = None if index is None else index.to(hidden.device, non_blocking=True)
+        mask = mask.to(hidden.device, non_blocking=True).bool()
+        check_targets(targets, len(weight), mask)
+        shape = row_shape(hidden, targets, temperature, bias, softcap)
+        if index is not None:
+            shape.targets = shape.targets.index_select(0, index)
+            shape.temperature = shape.temperature.index_select(0, index)
+        elif not leave_out:
+            shape.targets = torch.where(mask, shape.targets, 0)
+            shape.temperature = torch.where(mask, shape.temperature, 1.0)
+
+    @functools.cache
+    def rows() -> TokenRows:
+        with torch.no_grad():
+            return token_rows(
+                old_logprobs,
+                advantages,
+                mask,
+                trajectory_ids,
+                objective,
+                size=size,
+                dtype=wide_dtype(hidden),
+                rollout_logprobs=rollout_logprobs,
+                reference_logprobs=reference_logprobs,
+                num_tokens=num_tokens,
+                num_sequences=num_sequences,
+                kl_mean=kl_mean,
+                chosen=(slice(None) if index is None else index) if leave_out else None,
+            )
+
+    job = _Job(
+        rows=rows,
+        shape=shape,
+        objective=objective,
+        independent=independent_of_other_rows(objective, kl_mean=kl_mean),
+        index=index,
+        mask=None if leave_out else mask,
+        size=size,
+        exact=exact_logits,
+        with_entropies=with_entropies or objective.entropy_coef != 0,
+        dtype=compute_dtype(hidden),
     )
-    return logprobs, entropies if with_entropies else None
+    loss = in_tiles(
+        lambda rows_per_tile: job.loss(hidden, weight, bias, rows_per_tile),
+        rows=len(job),
+        rows_per_tile=rows_per_tile,
+        vocabulary=len(weight),
+        itemsize=job.itemsize,
+        device=hidden.device,
+    )
+    return PolicyLoss(
+        loss=loss, metrics=job.metrics, logprobs=job.whole(job.logprobs), entropies=job.whole(job.entropies)
+    )
 
 
-def linear_logits(
-    hidden: Tensor, weight: Tensor, *, bias: Tensor | None = None, softcap: float | None = None
-) -> Tensor:
-    """Float32 logits [T, V] of hidden states [T, H]; not rounded to 16 bits on the way. For samplers."""
-    head = _Head(hidden, weight, bias, softcap, True)
-    return head(hidden, torch.ones(hidden.shape[0], dtype=head.accumulate, device=hidden.device))[0]
+class _Job:
+    """One call of `fused_linear_policy_loss`, which may run again: with smaller tiles, or for a second backward.
 
-
-class _LinearLogprobs(torch.autograd.Function):
-    """Tiled log-softmax of a linear head; backward recomputes each tile from the saved log-sum-exp."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        temperature: Tensor,
-        softcap: float | None,
-        rows_per_tile: int,
-        exact_logits: bool,
-        with_entropies: bool,
-    ) -> tuple[Tensor, Tensor]:
-        head = _Head(hidden, weight, bias, softcap, exact_logits)
-        logprobs = torch.empty_like(temperature, memory_format=torch.contiguous_format)
-        lse = torch.empty_like(logprobs)
-        entropies = torch.zeros_like(logprobs)
-        for tile in _tiles(hidden.shape[0], rows_per_tile):
-            logits, _ = head(hidden[tile], temperature[tile])
-            lse[tile] = logits.logsumexp(dim=1)
-            logprobs[tile] = logits.gather(1, targets[tile, None]).squeeze(1) - lse[tile]
-            if with_entropies:
-                # not lse minus the mean logit: that cancels where the logits share an offset
-                log_probs = logits - lse[tile, None]
-                entropies[tile] = -(log_probs.exp() * log_probs).sum(dim=1)
-        ctx.save_for_backward(hidden, weight, bias, targets, temperature, lse, entropies)
-        ctx.head, ctx.rows_per_tile, ctx.with_entropies = head.settings, rows_per_tile, with_entropies
-        ctx.set_materialize_grads(False)
-        return logprobs, entropies
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_logprobs: Tensor | None, d_entropies: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, temperature, lse, entropies = ctx.saved_tensors
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        if not ctx.with_entropies:
-            d_entropies = None
-        head = _Head(hidden, weight, bias, *ctx.head)
-        d_hidden = torch.empty_like(hidden) if need_hidden else None
-        d_weight = torch.zeros(weight.shape, dtype=lse.dtype, device=lse.device) if need_weight else None
-        d_bias = torch.zeros(weight.shape[0], dtype=lse.dtype, device=lse.device) if need_bias else None
-        for tile in _tiles(hidden.shape[0], ctx.rows_per_tile):
-            logits, cap_slope = head(hidden[tile], temperature[tile])
-            log_probs = logits.sub_(lse[tile, None])
-            probs = log_probs.exp()
-            d_logits = torch.zeros_like(probs)
-            if d_entropies is not None:  # dH/dz = -softmax (log softmax + H)
-                d_logits -= d_entropies[tile, None] * probs * (log_probs + entropies[tile, None])
-            if d_logprobs is not None:
-                d_logits.addcmul_(probs, d_logprobs[tile, None], value=-1.0)
-                d_logits.scatter_add_(1, targets[tile, None], d_logprobs[tile, None].to(d_logits.dtype))
-            d_logits /= temperature[tile, None]
-            if cap_slope is not None:
-                d_logits *= cap_slope
-            head.backward(d_logits, tile, d_hidden, d_weight)
-            if d_bias is not None:
-                d_bias += d_logits.sum(dim=0)
-        return (
-            d_hidden,
-            None if d_weight is None else d_weight.to(weight.dtype),
-            None if d_bias is None or bias is None else d_bias.to(bias.dtype),
-            *[None] * 6,
-        )
-
-
-class _Head:
-    """The matrix products of a linear head, in the dtype that autocast asks for."""
+    Args:
+        rows: makes what the loss needs of the chosen rows, once; called when the first tile's logits are on their way.
+        shape: of the chosen rows.
+        objective: which loss.
+        independent: whether the rows may be cut.
+        index: [R] the chosen rows; None: all.
+        mask: [T] bool, rows to clean; None: none.
+        size: T.
+        exact: see `fused_linear_policy_loss`.
+        with_entropies: whether entropies are computed.
+        dtype: of the products.
+    """
 
     def __init__(
         self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        softcap: float | None,
-        exact_logits: bool,
-        dtype: torch.dtype | None = None,
+        *,
+        rows: Callable[[], TokenRows],
+        shape: RowShape,
+        objective: Objective,
+        independent: bool,
+        index: Tensor | None,
+        mask: Tensor | None,
+        size: int,
+        exact: bool,
+        with_entropies: bool,
+        dtype: torch.dtype,
     ) -> None:
-        self.device_type = hidden.device.type
-        if dtype is None:
-            autocast = torch.is_autocast_enabled(self.device_type) and hidden.dtype != torch.float64
-            dtype = torch.get_autocast_dtype(self.device_type) if autocast else hidden.dtype
-        self.settings = (softcap, exact_logits, dtype)
-        self.softcap, self.exact, self.dtype = softcap, exact_logits, dtype
-        self.accumulate = torch.float64 if dtype == torch.float64 else torch.float32
-        self.hidden = hidden.to(dtype)
-        self.weight = weight.to(dtype)
-        self.bias = None if bias is None else bias.to(self.accumulate)
-        self.half = dtype in (torch.bfloat16, torch.float16)
+        self.rows, self.shape, self.objective, self.independent = rows, shape, objective, independent
+        self.index, self.mask, self.size = index, mask, size
+        self.exact, self.with_entropies, self.dtype = exact, with_entropies, dtype
+        self.itemsize = 4 if exact and dtype.itemsize == 2 else dtype.itemsize
+        self.rows_per_tile = 1
+        self.metrics: dict[str, Tensor] = {}
+        self.logprobs: Tensor | None = None
+        self.entropies: Tensor | None = None
 
-    def __call__(self, hidden: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits of a tile, divided by the temperature, and the slope of the soft cap."""
-        rows = hidden.to(self.dtype)
-        with torch.autocast(self.device_type, enabled=False):
-            if self.half and self.exact and self.device_type == "cuda":
-                logits = torch.mm(rows, self.weight.t(), out_dtype=torch.float32)
-            elif self.half and self.exact:
-                logits = rows.float() @ self.weight.float().t()
-            else:
-                logits = (rows @ self.weight.t()).to(self.accumulate)
-            if self.bias is not None:
-                logits += self.bias
-            slope = None
-            if self.softcap is not None:
-                bent = torch.tanh(logits / self.softcap)
-                slope = 1.0 - bent.square()
-                logits = self.softcap * bent
-            return logits / temperature[:, None], slope
+    def __len__(self) -> int:
+        return self.size if self.index is None else len(self.index)
 
-    def backward(self, d_logits: Tensor, tile: slice, d_hidden: Tensor | None, d_weight: Tensor | None) -> None:
-        """Write the tile's gradient of the hidden states and add to that of the weight."""
-        with torch.autocast(self.device_type, enabled=False):
-            rows = d_logits.to(self.dtype)
-            if d_hidden is not None:
-                d_hidden[tile] = (rows @ self.weight).to(d_hidden.dtype)
-            if d_weight is not None:
-                if self.half:
-                    d_weight += rows.t() @ self.hidden[tile]
-                else:
-                    d_weight.addmm_(rows.t(), self.hidden[tile])
-
-
-def _tiles(rows: int, rows_per_tile: int) -> list[slice]:
-    return [slice(start, min(start + rows_per_tile, rows)) for start in range(0, rows, rows_per_tile)]
-
-
-def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: Tensor | float) -> int:
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise InvalidArgumentError(
-            f"hidden must be [T, H] and weight [V, H], got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+    def loss(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows_per_tile: int) -> Tensor:
+        """The loss with grad, and the rest of the results in the attributes."""
+        self.rows_per_tile = rows_per_tile
+        inputs = (hidden, weight) if bias is None else (hidden, weight, bias)
+        trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+        if trains and (self.independent or len(self) <= rows_per_tile):
+            return _GradientsInForward.apply(self, hidden, weight, bias)  # type: ignore[no-untyped-call, no-any-return]
+        logprobs, entropies = LinearLogprobs.apply(  # type: ignore[no-untyped-call]
+            self.chosen(hidden), weight, bias, self.shape, rows_per_tile, self.exact, self.with_entropies
         )
-    rows = hidden.shape[0]
-    if targets.shape != (rows,) or targets.dtype != torch.int64:
-        raise InvalidArgumentError(f"targets must be [{rows}] int64, got {tuple(targets.shape)} {targets.dtype}")
-    if bias is not None and bias.shape != (weight.shape[0],):
-        raise InvalidArgumentError(f"bias must be [{weight.shape[0]}], got {tuple(bias.shape)}")
-    if isinstance(temperature, Tensor) and temperature.shape not in ((), (rows,)):
-        raise InvalidArgumentError(f"temperature must be a scalar or [{rows}], got {tuple(temperature.shape)}")
-    if not hidden.is_floating_point() or not weight.is_floating_point():
-        raise InvalidArgumentError(f"hidden and weight must be floating point, got {hidden.dtype} and {weight.dtype}")
-    return rows
+        terms = loss_terms(logprobs, self.rows(), self.objective, entropies if self.with_entropies else None)
+        self.metrics, self.logprobs = terms.metrics(), logprobs.detach()
+        self.entropies = entropies.detach() if self.with_entropies else None
+        return terms.loss
+
+    def gradients(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]
+    ) -> tuple[Tensor, HeadGradients]:
+        """Loss and gradients of all tiles."""
+        head = LinearHead(self.chosen(hidden.detach()), weight, self.shape, exact=self.exact, dtype=self.dtype)
+        gradients = HeadGradients(head, needs, self.rows_per_tile, hidden_dtype=hidden.dtype, weight_dtype=weight.dtype)
+        metrics: dict[str, Tensor] = {}
+        found: list[RowStatistics] = []
+        for tile in tiles(len(head), self.rows_per_tile) if len(head) else [slice(0, 0)]:
+            logits = head.logits(tile)
+            if head.one_sweep(with_entropies=self.with_entropies):
+                statistic, values, units = swept_(logits, self.shape[tile], self.dtype)
+                terms, d_logprobs, _ = _derivatives(statistic, self.rows()[tile], self.objective)
+                if len(head):
+                    gradients.add(tile, values, d_logprobs * units)
+            else:
+                statistic = statistics(logits, self.shape[tile], with_entropies=self.with_entropies)
+                terms, d_logprobs, d_entropies = _derivatives(statistic, self.rows()[tile], self.objective)
+                if len(head):
+                    gradients.add_rows(tile, logits, statistic, d_logprobs, d_entropies)
+            metrics = added(metrics, terms.metrics()) if metrics else terms.metrics()
+            found.append(statistic)
+        self.metrics, self.logprobs = metrics, torch.cat([statistic.logprobs for statistic in found])
+        if self.with_entropies:
+            self.entropies = torch.cat([statistic.entropies for statistic in found if statistic.entropies is not None])
+        return metrics["loss_train"], gradients
+
+    def chosen(self, hidden: Tensor) -> Tensor:
+        """Hidden states of the rows that are computed, clean."""
+        if self.index is not None:
+            return hidden.index_select(0, self.index)
+        return hidden if self.mask is None else torch.where(self.mask[:, None], hidden, 0.0)
+
+    def given_back(self, d_hidden: Tensor) -> Tensor:
+        """The gradient of the chosen rows as that of all."""
+        if self.index is None:
+            return d_hidden
+        return d_hidden.new_zeros((self.size, d_hidden.shape[1])).index_copy_(0, self.index, d_hidden)
+
+    def whole(self, values: Tensor | None) -> Tensor | None:
+        """Values of the rows as those of all: NaN where there is none."""
+        if values is None:
+            return None
+        if self.index is not None:
+            return values.new_full((self.size,), torch.nan).index_copy_(0, self.index, values)
+        return values if self.mask is None else torch.where(self.mask, values, torch.nan)
+
+
+def _derivatives(
+    found: RowStatistics, rows: TokenRows, objective: Objective
+) -> tuple[LossTerms, Tensor, Tensor | None]:
+    """The loss of some rows, and its derivatives by their logprobs and entropies."""
+    with torch.enable_grad():
+        logprobs, entropies = found.logprobs.detach().requires_grad_(), found.entropies
+        leaves = [logprobs]
+        if entropies is not None and objective.entropy_coef:
+            entropies = entropies.detach().requires_grad_()
+            leaves.append(entropies)
+        terms = loss_terms(logprobs, rows, objective, entropies)
+    d_logprobs, *d_entropies = torch.autograd.grad(terms.loss, leaves)
+    return terms, d_logprobs, d_entropies[0] if d_entropies else None
+
+
+class _GradientsInForward(torch.autograd.Function):
+    """A loss whose gradients are there when it is; backward multiplies them by what comes in."""
+
+    @staticmethod
+    def forward(ctx: Any, job: _Job, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        loss, ctx.gradients = job.gradients(hidden, weight, bias, ctx.needs_input_grad[1:4])
+        ctx.job = job
+        ctx.save_for_backward(hidden, weight, bias)
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias = ctx.saved_tensors
+        found, ctx.gradients = ctx.gradients, None  # what goes out belongs to whoever takes it
+        if found is None:  # the graph was retained, and this is not its first backward
+            _, found = ctx.job.gradients(hidden, weight, bias, ctx.needs_input_grad[1:4])
+        d_hidden = None if found.hidden is None else ctx.job.given_back(scaled(found.hidden, d_loss, hidden.dtype))
+        d_weight = None if found.weight is None else scaled(found.weight, d_loss, weight.dtype)
+        d_bias = None if found.bias is None else scaled(found.bias, d_loss, bias.dtype)
+        return None, d_hidden, d_weight, d_bias
+
+
+def _rows_with_gradient(
+    objective: Objective, mask: Tensor, advantages: Tensor, trajectory_ids: Tensor, *, only_masked: bool
+) -> Tensor | None:
+    """Indices of the rows that can have a gradient; None if they are all."""
+    needed = mask.bool()
+    one_device = mask.device == advantages.device == trajectory_ids.device
+    if one_device and not only_masked and not objective.teaches_without_advantage:
+        teaches = needed & (advantages != 0)
+        if objective.importance_sampling_level != "token":
+            ids = torch.where(needed, trajectory_ids, 0)
+            teaches = torch.zeros_like(teaches).index_put((ids[teaches],), teaches.new_ones(()))[ids]
+        needed = needed & teaches
+    index = needed.nonzero().squeeze(1)
+    return None if len(index) == len(mask) else index

@@ -1,16 +1,21 @@
 """The objective's exact definition in torch, which faster versions are tested against.
 
 Enters: logprobs of the new and the old policy, advantages, mask. Leaves: a scalar loss and raw metric sums. Comments
-number the steps in their order of application.
+number the steps in their order of application. `policy_loss` = `token_rows`, all that is known before the new logprobs,
+then `loss_terms`; the fused head calls the two itself, and the second one tile by tile.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fitrl.errors import InvalidArgumentError
 from fitrl.objective.objective import Objective, PolicyLoss
+from fitrl.objective.token_rows import TokenRows, at_least_one, check_shapes, per_trajectory, require, token_rows
 
 _MAX_LOG_RATIO = 20.0
 
@@ -53,41 +58,95 @@ def policy_loss(
     Raises:
         InvalidArgumentError: shapes differ, or an input that the objective needs is missing.
     """
-    _check_shapes(
-        logprobs,
-        old_logprobs=old_logprobs,
-        advantages=advantages,
-        mask=mask,
-        trajectory_ids=trajectory_ids,
+    if logprobs.dim() != 1:
+        raise InvalidArgumentError(f"logprobs must be [T], got shape {tuple(logprobs.shape)}")
+    rows = token_rows(
+        old_logprobs,
+        advantages,
+        mask,
+        trajectory_ids,
+        objective,
         rollout_logprobs=rollout_logprobs,
         reference_logprobs=reference_logprobs,
-        entropies=entropies,
+        num_tokens=num_tokens,
+        num_sequences=num_sequences,
+        kl_mean=kl_mean,
+        size=len(logprobs),
+        dtype=torch.float64 if logprobs.dtype == torch.float64 else torch.float32,
     )
-    _require(objective, rollout_logprobs, reference_logprobs, entropies)
-    dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
-    m = mask.bool()
+    check_shapes(len(logprobs), entropies=entropies)
+    terms = loss_terms(logprobs, rows, objective, entropies)
+    return PolicyLoss(loss=terms.loss, metrics=terms.metrics())
 
-    def masked(values: Tensor) -> Tensor:
-        return torch.where(m, values.to(dtype), 0.0)
 
-    p = masked(logprobs)
-    q = masked(old_logprobs)
+@dataclass(slots=True, kw_only=True, eq=False)
+class LossTerms:
+    """The loss of some rows, and what its metrics are made of; they can wait until the gradient is on its way.
+
+    Attributes:
+        loss: scalar with grad.
+        parts: aggregated losses by name.
+        ratio: [T] without grad.
+        mask: [T] bool or None.
+        window: lowest and highest ratio that is not clipped.
+    """
+
+    loss: Tensor
+    parts: dict[str, Tensor]
+    ratio: Tensor
+    mask: Tensor | None
+    window: tuple[float, float]
+
+    @torch.no_grad()
+    def metrics(self) -> dict[str, Tensor]:
+        """Raw metrics, without grad; see `PolicyLoss`."""
+        low, high = self.window
+        m, ratio = self.mask, self.ratio
+        below, above = ratio < low, ratio > high
+        if m is not None:
+            below, above, ratio = below & m, above & m, torch.where(m, ratio, 0.0)
+        return {
+            **{name: value.detach() for name, value in self.parts.items()},
+            "loss_train": self.loss.detach(),
+            "token_count": torch.full_like(self.loss, len(ratio), dtype=torch.int64) if m is None else m.sum(),
+            "ratio_sum": ratio.sum(),
+            "ratio_square_sum": ratio.square().sum(),
+            "ratio_max": ratio.max() if ratio.numel() else ratio.sum(),
+            "clip_low_count": below.sum(),
+            "clip_high_count": above.sum(),
+        }
+
+
+def loss_terms(logprobs: Tensor, rows: TokenRows, objective: Objective, entropies: Tensor | None = None) -> LossTerms:
+    """The definition, over rows that are cleaned and weighted: steps 3 to 12.
+
+    Args:
+        logprobs: [T] p with grad.
+        rows: the rest of the same rows.
+        objective: which loss.
+        entropies: [T] with grad, needed when `entropy_coef` is not 0.
+
+    Raises:
+        InvalidArgumentError: entropies are needed and missing.
+    """
+    require("entropy_coef", objective, entropies, "entropies")
+    a, q, reference = rows.advantages, rows.old_logprobs, rows.reference_logprobs
+    dtype = q.dtype
+
+    def kept(values: Tensor) -> Tensor:
+        return values if rows.mask is None else torch.where(rows.mask, values, 0.0)
+
+    p = kept(logprobs.to(dtype))
     q = torch.where(q.isnan(), p.detach(), q)
-    a = masked(advantages)
     d = (p - q).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
-
-    counts = _per_trajectory(m.to(dtype), trajectory_ids)
-    sequences = (counts > 0).sum()
-    n_tokens = _as(m.sum() if num_tokens is None else num_tokens, dtype)
-    n_sequences = _as(sequences if num_sequences is None else num_sequences, dtype)
-    counts = counts.clamp(min=1.0)
 
     # 3. ratio
     rho = d.exp()
-    if objective.importance_sampling_level == "token":
+    if rows.trajectory_ids is None or rows.trajectory_lengths is None:
         ratio = rho
     else:
-        s = (_per_trajectory(d, trajectory_ids) / counts).exp()[trajectory_ids]
+        sums = per_trajectory(d, rows.trajectory_ids, rows.size)[rows.trajectory_ids]
+        s = (sums / rows.trajectory_lengths).exp()
         if objective.importance_sampling_level == "sequence":
             ratio = s
         elif objective.importance_sampling_level == "average":
@@ -102,15 +161,14 @@ def policy_loss(
     # 5. and 6. window
     low, high = objective.ratio_window
     clipped = ratio.clamp(low, high)
-    keep = m & (ratio > low) & (ratio < high) if objective.mask_prob_ratio else m
 
     # 7. and 8. terms in the advantage
     if objective.kimi_k2_tau:
         a = a - objective.kimi_k2_tau * d.detach()
-    reference = masked(reference_logprobs) if reference_logprobs is not None else None
     if objective.kl_coef > 0 and objective.kl_in == "advantage" and reference is not None:
-        k1 = torch.where(m, q - reference, 0.0)
-        mean = k1.sum() / m.sum().clamp(min=1) if kl_mean is None else _as(kl_mean, dtype)
+        k1 = kept(q - reference)
+        count = len(k1) if rows.mask is None else rows.mask.sum()
+        mean = k1.sum() / at_least_one(count) if rows.kl_mean is None else rows.kl_mean
         a = a + objective.kl_coef * (mean - k1)
 
     # 9. token policy loss
@@ -120,115 +178,44 @@ def policy_loss(
         if objective.dual_clip is not None:
             policy = torch.where(a < 0, torch.minimum(policy, -objective.dual_clip * a), policy)
     else:
-        policy = -clipped.detach() * a * p
-    policy = torch.where(keep, policy, 0.0)
+        policy = -(clipped.detach() * a) * p
+    if objective.mask_prob_ratio:
+        policy = torch.where((ratio > low) & (ratio < high), policy, 0.0)
 
     # 10. trainer against sampler
-    if objective.truncated_importance_sampling is not None and rollout_logprobs is not None:
-        o = rollout_logprobs.to(dtype)
-        known = m & o.isfinite()
+    if objective.truncated_importance_sampling is not None and rows.rollout_logprobs is not None:
+        o = rows.rollout_logprobs
+        known = o.isfinite()
         gap = torch.where(known, q - o, 0.0).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
         weight = gap.exp().clamp(max=objective.truncated_importance_sampling)
         policy = policy * torch.where(known, weight, 1.0).detach()
 
-    # 11. token loss
+    # 11. token loss, and 12. its weighted sum
     def aggregated(values: Tensor) -> Tensor:
-        return _aggregate(
-            torch.where(m, values, 0.0),
-            objective,
-            trajectory_ids,
-            counts,
-            num_tokens=n_tokens,
-            num_sequences=n_sequences,
-        )
+        return (kept(values) * rows.weights).sum()
 
-    metrics = {"loss_policy": aggregated(policy)}
-    loss = metrics["loss_policy"]
+    parts = {"loss_policy": aggregated(policy)}
+    loss = parts["loss_policy"]
     if objective.kl_coef > 0 and objective.kl_in == "loss" and reference is not None:
         if objective.kl_estimator == "k3":
             gap = (reference - p).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
             kl = gap.exp() - gap - 1.0
         else:
             kl = (p - reference).square() / 2
-        metrics["loss_kl"] = aggregated(kl)
-        loss = loss + objective.kl_coef * metrics["loss_kl"]
+        parts["loss_kl"] = aggregated(kl)
+        loss = loss + objective.kl_coef * parts["loss_kl"]
     elif reference is not None:
-        metrics["loss_kl"] = aggregated(q - reference)
+        parts["loss_kl"] = aggregated(q - reference)
     if entropies is not None:
-        metrics["loss_entropy"] = aggregated(masked(entropies))
+        parts["loss_entropy"] = aggregated(kept(entropies.to(dtype)))
         if objective.entropy_coef:
-            loss = loss - objective.entropy_coef * metrics["loss_entropy"]
+            loss = loss - objective.entropy_coef * parts["loss_entropy"]
+    return LossTerms(loss=loss, parts=parts, ratio=ratio.detach(), mask=rows.mask, window=(low, high))
 
-    observed = torch.where(m, ratio.detach(), 0.0)
-    metrics |= {
-        "loss_train": loss,
-        "token_count": m.sum(),
-        "ratio_sum": observed.sum(),
-        "ratio_square_sum": observed.square().sum(),
-        "ratio_max": observed.max() if observed.numel() else observed.sum(),
-        "clip_low_count": (m & (ratio < low)).sum(),
-        "clip_high_count": (m & (ratio > high)).sum(),
+
+def added(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Raw metrics of two tiles as those of both: maxima where the key ends in `_max`, sums elsewhere."""
+    return {
+        name: torch.maximum(left[name], right[name]) if name.endswith("_max") else left[name] + right[name]
+        for name in left
     }
-    return PolicyLoss(loss=loss, metrics={name: value.detach() for name, value in metrics.items()})
-
-
-def _aggregate(
-    values: Tensor,
-    objective: Objective,
-    trajectory_ids: Tensor,
-    counts: Tensor,
-    *,
-    num_tokens: Tensor | float,
-    num_sequences: Tensor | float,
-) -> Tensor:
-    """Step 12: one number from [T] token values that are 0 where masked out."""
-    match objective.loss_aggregation:
-        case "token_mean":
-            return values.sum() / _at_least_one(num_tokens)
-        case "token_sum":
-            return values.sum()
-        case "seq_mean_token_mean":
-            return (values / counts[trajectory_ids]).sum() / _at_least_one(num_sequences)
-        case "seq_mean_token_sum":
-            return values.sum() / _at_least_one(num_sequences)
-        case "seq_mean_token_sum_norm":
-            assert objective.norm_length is not None  # checked at construction
-            return values.sum() / (_at_least_one(num_sequences) * objective.norm_length)
-
-
-def _per_trajectory(values: Tensor, trajectory_ids: Tensor) -> Tensor:
-    """Sum [T] values by trajectory; [T] so that the number of trajectories need not come to the host."""
-    return torch.zeros_like(values).index_add(0, trajectory_ids, values)
-
-
-def _as(number: Tensor | float, dtype: torch.dtype) -> Tensor | float:
-    return number.to(dtype) if isinstance(number, Tensor) else number
-
-
-def _at_least_one(count: Tensor | float) -> Tensor | float:
-    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
-
-
-def _check_shapes(logprobs: Tensor, **others: Tensor | None) -> None:
-    if logprobs.dim() != 1:
-        raise InvalidArgumentError(f"logprobs must be [T], got shape {tuple(logprobs.shape)}")
-    for name, tensor in others.items():
-        if tensor is not None and tensor.shape != logprobs.shape:
-            raise InvalidArgumentError(
-                f"{name} has shape {tuple(tensor.shape)}, logprobs {tuple(logprobs.shape)}; every input is [T]"
-            )
-
-
-def _require(objective: Objective, rollout: Tensor | None, reference: Tensor | None, entropies: Tensor | None) -> None:
-    for option, needed, given in (
-        ("truncated_importance_sampling", objective.truncated_importance_sampling is not None, rollout),
-        ("kl_coef", objective.kl_coef > 0, reference),
-        ("entropy_coef", objective.entropy_coef != 0, entropies),
-    ):
-        if needed and given is None:
-            name = {
-                "truncated_importance_sampling": "rollout_logprobs",
-                "kl_coef": "reference_logprobs",
-                "entropy_coef": "entropies",
-            }[option]
-            raise InvalidArgumentError(f"{option}={getattr(objective, option)} needs {name}")

@@ -27,8 +27,9 @@ from fitrl.errors import (
     ModelNotFoundError,
     UnsupportedError,
 )
-from fitrl.objective.fused_linear import linear_logits
+from fitrl.objective.logprobs import linear_logits
 from fitrl.policy.attention import attention_kernels, skips_hidden_keys
+from fitrl.policy.head import weight_and_bias
 from fitrl.policy.packed_row import BLOCK, PackedRow
 from fitrl.policy.probing import probe
 
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # no slots: the command line reads defaults with vars()
 class LoraSettings:
     """Low-rank adapters (Hu et al. 2021) on the base model's frozen weights.
 
@@ -68,8 +69,9 @@ class Policy:
     Attributes:
         network: the transformers model, or the PEFT model around it.
         tokenizer: its tokenizer.
-        has_linear_head: whether logits are exactly `head(last hidden state)` with a plain linear head, so that
-            the loss can be computed by tiles of rows; found out by comparing both ways once.
+        has_linear_head: whether logits are exactly `head(last hidden state)` with a linear head, so that
+            the loss can be computed by tiles of rows; LoRA adapters on the head are a part of its weight. Found out by
+            comparing both ways once.
         can_pack: whether several histories in one row stay apart; found out the same way.
         can_share: whether histories in one row can have a common prefix; found out the same way.
         softcap: soft cap of the final logits, or None.
@@ -129,19 +131,18 @@ class Policy:
 
     @property
     def head(self) -> tuple[Tensor, Tensor | None]:
-        """Weight [V, H] and bias of the output head."""
+        """Weight [V, H] and bias of the output head, adapters on it included."""
         causal_lm: Any = self.causal_lm
-        head = causal_lm.get_output_embeddings()
-        return head.weight, head.bias
+        return weight_and_bias(causal_lm.get_output_embeddings())
 
     def hidden(self, input_ids: Tensor, position_ids: Tensor | None = None, **cache: Any) -> Any:
         """Run the decoder layers; returns transformers' output with `last_hidden_state` [B, L, H]."""
         return self._run(self.causal_lm.base_model, input_ids, position_ids, cache)
 
     def hidden_of(self, inputs: ModelInputs) -> Tensor:
-        """Last hidden states [B x L, H] of a batch, and more rows behind those of a packed one."""
+        """Last hidden states [B, L, H] of a batch; a packed row may go on behind its tokens."""
         hidden: Tensor = self._run_batch(self.causal_lm.base_model, inputs).last_hidden_state
-        return hidden.flatten(0, 1)
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits [T, V] of hidden states [T, H], for models with a linear head."""
@@ -170,9 +171,9 @@ class Policy:
         return self._run(self.causal_lm, input_ids, position_ids, cache)
 
     def full_logits_of(self, inputs: ModelInputs) -> Tensor:
-        """Logits [B x L, V] of a batch by the whole model, and more rows behind those of a packed one."""
+        """Logits [B, L, V] of a batch by the whole model; a packed row may go on behind its tokens."""
         logits: Tensor = self._run_batch(self.causal_lm, inputs).logits
-        return logits.flatten(0, 1)
+        return logits
 
     def _run_batch(self, network: Any, inputs: ModelInputs) -> Any:
         """Run a batch, if its layout is one that the policy keeps apart."""

@@ -4,13 +4,13 @@ A run folder is `<root>/<project>/<name>/`:
     checkpoints/<step>/           what `fit_rl` saves, see `checkpoints.py`
     history.jsonl                 one line per `log` call
     lock, holder.json             which trainer has the run open, see `lock.py`
-    trajectories/<split>/<step>.jsonl   one group per line, token ids and logprobs kept
+    trajectories/<split>/<step>.jsonl   one group per line, token ids and logprobs kept; or .parquet
+    config.yaml                   of runs of the command line
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,13 +21,14 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from fitrl.data.groups import TrajectoryGroup
-from fitrl.data.json_lines import number_from_json, number_to_json
+from fitrl.data.json_lines import number_to_json
 from fitrl.errors import InvalidArgumentError
+from fitrl.policy import trajectories as files
 from fitrl.policy.checkpoints import list_checkpoints, remove
 from fitrl.policy.loading import LoraSettings
 from fitrl.policy.migration import OlderCalls
+from fitrl.policy.trajectories import TrajectoryFormat
 
-_log = logging.getLogger(__name__)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -42,10 +43,13 @@ class TrainableModel(OlderCalls):
         base_model: a hub id, a local folder, a GGUF file, or "tiny", the bundled policy.
         lora: adapters to train; None trains all weights.
         root: folder of all projects.
-        loggers: Lightning loggers that `log` also writes to.
+        loggers: Lightning loggers that `log` also writes to. A logger may be the trainer's too: what the trainer
+            has told it already is not told again.
+        trajectory_format: "jsonl", or "parquet" for other tools' queries (`pip install 'fitrl[parquet]'`).
 
     Raises:
-        InvalidArgumentError: a name that cannot be a folder.
+        InvalidArgumentError: a name that cannot be a folder, or an unknown format.
+        MissingDependencyError: parquet without pyarrow.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class TrainableModel(OlderCalls):
         lora: LoraSettings | None = LoraSettings(),  # noqa: B008 - frozen
         root: str | Path | None = None,
         loggers: Sequence[Logger] = (),
+        trajectory_format: TrajectoryFormat = "jsonl",
     ) -> None:
         for what, value in (("name", name), ("project", project)):
             if not _NAME.fullmatch(value):
@@ -71,6 +76,8 @@ class TrainableModel(OlderCalls):
         self.lora = lora
         self.root = Path(root if root is not None else ".fitrl").expanduser().resolve()
         self.loggers = tuple(loggers)
+        self.trajectory_format = files.check_format(trajectory_format)
+        self.told = Told()
         self.step = max((step for step, _ in list_checkpoints(self.checkpoints_dir)), default=0)
 
     def __repr__(self) -> str:
@@ -167,18 +174,19 @@ class TrainableModel(OlderCalls):
         groups = list(groups)
         at = self.step if step is None else step
         numbers = _averages(groups) | {key: float(value) for key, value in (metrics or {}).items()}
-        lines = [group.to_json() + "\n" for group in groups]  # before anything is written
         if split != "train":
             numbers = {f"{split}/{key}": value for key, value in numbers.items()}
         if getattr(rank_zero_only, "rank", 0) != 0:
             return numbers
         if groups:
-            _append(self.run_dir / "trajectories" / split / f"{at:04d}.jsonl", lines)
+            files.write(self._trajectories_dir(split), at, groups, self.trajectory_format)
         plain = {key: number_to_json(value) for key, value in numbers.items()}
         entry = {"step": at, "split": split, "time": time.time(), "metrics": plain}
-        _append(self.run_dir / "history.jsonl", [json.dumps(entry) + "\n"])
+        files.append_lines(self.run_dir / "history.jsonl", [json.dumps(entry) + "\n"])
         for logger in self.loggers:
-            logger.log_metrics(numbers, step=at)
+            if news := self.told.news(logger, numbers, at):
+                logger.log_metrics(news, step=at)
+                logger.save()  # a crash loses nothing, and no one else closes these loggers
         return numbers
 
     def history(self) -> list[dict[str, Any]]:
@@ -187,28 +195,49 @@ class TrainableModel(OlderCalls):
         A line that a crash cut short is left out and named in a warning.
         """
         path = self.run_dir / "history.jsonl"
-        entries: list[dict[str, Any]] = []
-        for number, line in enumerate(path.read_text().splitlines() if path.is_file() else (), start=1):
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                _log.warning("skipped: line %d of %s is cut", number, path)
-                continue
-            entry["metrics"] = {key: number_from_json(value) for key, value in entry["metrics"].items()}
-            entries.append(entry)
-        return entries
+        return files.read_history(path)
+
+    def trajectories(self, *, split: str = "train", step: int | None = None) -> list[TrajectoryGroup]:
+        """The groups that `log` kept of a step, in either format.
+
+        Args:
+            split: as given to `log`.
+            step: as given to `log`; None: the newest one that has trajectories.
+
+        Raises:
+            DataError: there are none.
+            MissingDependencyError: a parquet file without pyarrow.
+        """
+        steps = self.trajectory_steps(split=split)
+        newest = steps[-1] if steps else self.step
+        return files.read(self._trajectories_dir(split), newest if step is None else step)
+
+    def trajectory_steps(self, *, split: str = "train") -> list[int]:
+        """Steps that have trajectories, in order."""
+        return files.steps(self._trajectories_dir(split))
+
+    def _trajectories_dir(self, split: str) -> Path:
+        return self.run_dir / "trajectories" / split
 
 
-def _append(path: Path, lines: Sequence[str]) -> None:
-    """Append whole lines, also after one that a crash cut short."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        end = file.seek(0, 2)
-        if end:
-            file.seek(end - 1)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write("".join(lines).encode())
+class Told:
+    """What a trainer has told its loggers of the newest step, so that `log` does not tell the same ones again."""
+
+    def __init__(self) -> None:
+        self._loggers: tuple[Logger, ...] = ()
+        self._step = -1
+        self._numbers: dict[str, float] = {}
+
+    def note(self, loggers: Iterable[Logger], numbers: Mapping[str, float], step: int) -> None:
+        """Remember what was told to whom."""
+        self._loggers, self._numbers, self._step = tuple(loggers), dict(numbers), step
+
+    def news(self, logger: Logger, numbers: Mapping[str, float], step: int) -> dict[str, float]:
+        """The numbers that this logger does not have of this step."""
+        knows = step == self._step and any(logger is other for other in self._loggers)
+        known = self._numbers if knows else {}
+        # repr: a NaN that was told is told
+        return {key: value for key, value in numbers.items() if key not in known or repr(value) != repr(known[key])}
 
 
 def _averages(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:

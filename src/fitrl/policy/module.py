@@ -8,6 +8,7 @@ mean over ranks, because the batch carries the global denominators.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +21,22 @@ from torch import Tensor, nn
 from fitrl.data.batch import Batch
 from fitrl.errors import InvalidArgumentError, NonFiniteGradientError, UnsupportedError
 from fitrl.objective.custom import evaluate
-from fitrl.objective.fused_linear import fused_linear_policy_loss, linear_logprobs
+from fitrl.objective.fused_linear import fused_linear_policy_loss
+from fitrl.objective.logprobs import linear_logprobs, logits_logprobs
 from fitrl.objective.objective import CustomObjective, LossInputs, Objective, PolicyLoss
 from fitrl.objective.policy_loss import policy_loss
 from fitrl.policy.loading import Policy, load_policy, trained_state
 from fitrl.policy.metrics import CallTotals, derive, mismatch
 from fitrl.policy.model import TrainableModel
 
+# operations that end a model and whose backward does not read what they returned: the gradient may take its place
+_KEEP_NO_RESULT = (
+    *("AddmmBackward0", "MmBackward0", "UnsafeViewBackward0", "AddBackward0"),
+    *("MulBackward0", "DivBackward0", "ToCopyBackward0"),
+)
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True)  # no slots: the command line reads defaults with vars()
 class AdamWSettings:
     """AdamW (Loshchilov and Hutter 2019) of a policy; the learning rate is an argument of `fit_rl`.
 
@@ -81,6 +89,7 @@ class PolicyModule(lightning.LightningModule):
         self.reward_history: list[tuple[int, float]] = []
         self.call_metrics: dict[str, float] = {}
         self.host_metrics: dict[str, float] = {}
+        self.clock: tuple[float, float] | None = None  # start of the running call, tokens that it learns from
         self._observed: list[dict[str, float]] = []
         self.last_grad_norm: Tensor | None = None
         self._broken_at: Tensor | None = None  # the first step whose gradient was not finite; inf: none was
@@ -152,12 +161,11 @@ class PolicyModule(lightning.LightningModule):
                 temperature=targets.temperature,
                 softcap=policy.softcap,
                 exact_logits=True,
+                leave_out=False,  # packing did that, and nothing here may wait for the device
                 kl_mean=targets.kl_mean,
                 **common,
             )
-        log_probs = self._logit_rows(batch).log_softmax(dim=1)
-        logprobs = log_probs.gather(1, targets.targets[:, None]).squeeze(1)
-        entropies = -(log_probs.exp() * log_probs).sum(dim=1) if objective.entropy_coef else None
+        logprobs, entropies = self._logprobs_of_logits(batch, policy, with_entropies=objective.entropy_coef != 0)
         result = policy_loss(logprobs, *fixed, entropies=entropies, kl_mean=targets.kl_mean, **common)
         return PolicyLoss(loss=result.loss, metrics=result.metrics, logprobs=logprobs.detach())
 
@@ -228,12 +236,12 @@ class PolicyModule(lightning.LightningModule):
     def _hidden_rows(self, batch: Batch, policy: Policy | None = None) -> Tensor:
         """Last hidden states [R, H] of the positions that predict a target."""
         hidden = (policy or self.policy).hidden_of(batch.model_inputs)
-        return hidden.index_select(0, batch.loss_inputs.rows)
+        return hidden.flatten(0, 1).index_select(0, batch.loss_inputs.rows)
 
     def _logit_rows(self, batch: Batch, policy: Policy | None = None) -> Tensor:
         """Logits [R, V] of the whole model, float32 (float64 stays), divided by the temperature."""
         targets = batch.loss_inputs
-        rows = (policy or self.policy).full_logits_of(batch.model_inputs).index_select(0, targets.rows)
+        rows = (policy or self.policy).full_logits_of(batch.model_inputs).flatten(0, 1).index_select(0, targets.rows)
         rows = rows if rows.dtype == torch.float64 else rows.float()
         return rows / targets.temperature[:, None]
 
@@ -243,8 +251,7 @@ class PolicyModule(lightning.LightningModule):
         if not policy.has_linear_head and rows_per_tile is not None:
             return self._logprobs_by_tiles(batch, policy, rows_per_tile)
         if not policy.has_linear_head:
-            log_probs = self._logit_rows(batch, policy).log_softmax(dim=1)
-            return log_probs.gather(1, targets.targets[:, None]).squeeze(1)
+            return self._logprobs_of_logits(batch, policy)[0]
         weight, bias = policy.head
         return linear_logprobs(
             self._hidden_rows(batch, policy),
@@ -257,15 +264,30 @@ class PolicyModule(lightning.LightningModule):
             exact_logits=True,
         )[0]
 
+    def _logprobs_of_logits(
+        self, batch: Batch, policy: Policy, *, with_entropies: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logprobs [R] and entropies of a model whose head cannot be taken apart; the logits are used up."""
+        targets = batch.loss_inputs
+        logits = policy.full_logits_of(batch.model_inputs)
+        maker, flat = logits.grad_fn, logits.flatten(0, 1)
+        shared = batch.layout == "shared"  # then several targets may be predicted at one position, each by its own copy
+        return logits_logprobs(
+            flat.index_select(0, targets.rows) if shared else flat,
+            targets.targets,
+            temperature=targets.temperature,
+            rows=None if shared else targets.rows,
+            with_entropies=with_entropies,
+            in_place=shared or (maker is not None and maker.name() in _KEEP_NO_RESULT),
+        )
+
     def _logprobs_by_tiles(self, batch: Batch, policy: Policy, rows_per_tile: int) -> Tensor:
         """Logprobs [R] by the model's own head, so many rows of logits at a time; for passes without a gradient."""
         targets = batch.loss_inputs
         columns = (self._hidden_rows(batch, policy), targets.targets, targets.temperature)
         logprobs: list[Tensor] = []
         for hidden, chosen, temperature in zip(*(torch.split(c, rows_per_tile) for c in columns), strict=True):
-            logits = policy.own_logits(hidden)
-            logits = (logits if logits.dtype == torch.float64 else logits.float()) / temperature[:, None]
-            logprobs.append(logits.log_softmax(dim=1).gather(1, chosen[:, None]).squeeze(1))
+            logprobs.append(logits_logprobs(policy.own_logits(hidden), chosen, temperature=temperature)[0])
         return torch.cat(logprobs)
 
     def observe(self, metrics: dict[str, float]) -> None:
@@ -336,6 +358,9 @@ class PolicyModule(lightning.LightningModule):
         """Forget the last call's raw metrics."""
         self.totals.reset(self.device)
         self._broken_at = None
+        if self.clock is not None and "reward/mean" in self.host_metrics:
+            # Lightning's bars are drawn for the last time before the end of the epoch, where the others are known
+            self.trainer.progress_bar_metrics["reward/mean"] = self.host_metrics["reward/mean"]
 
     def on_train_epoch_end(self) -> None:
         """Reduce the raw metrics, derive the public ones, hand them to callbacks, progress bar and loggers.
@@ -345,16 +370,22 @@ class PolicyModule(lightning.LightningModule):
         """
         self._refuse_non_finite_gradients()
         self.call_metrics = self.host_metrics | self.totals.compute() | {"objective/exact": 1.0}
+        if self.clock is not None:  # after the totals, which wait for the device
+            start, tokens = self.clock
+            self.clock = None
+            seconds = time.perf_counter() - start
+            self.call_metrics |= {"time/train_s": seconds, "throughput/tokens_per_s": tokens / seconds}
         self._observed.clear()
         # these are Python floats that are reduced already; Module.log would make a metric object of each, every call
         trainer = self.trainer
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.call_metrics.items()})
-        shown = ("reward/mean", "loss/train", "mismatch/kl")
+        shown = ("reward/mean", "loss/train", "mismatch/kl", "throughput/tokens_per_s")
         trainer.progress_bar_metrics.update(
             {name: self.call_metrics[name] for name in shown if name in self.call_metrics}
         )
         for logger in trainer.loggers:
             logger.log_metrics(self.call_metrics, step=trainer.global_step)
+        self.model.told.note(trainer.loggers, self.call_metrics, trainer.global_step)
 
     def _refuse_non_finite_gradients(self) -> None:
         """Look once at what all steps noted, when the device is waited for anyway."""

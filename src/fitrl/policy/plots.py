@@ -1,9 +1,10 @@
-"""Pictures: the packed tensors of a step, and the reward curve of a run. PNG files, by matplotlib."""
+"""Pictures: the packed tensors of a step, the reward curve and metrics of a run. PNG files, by matplotlib."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,20 +63,51 @@ def plot_rewards(rewards: Sequence[float], path: Path, *, title: str, baseline: 
         raise DataError("there is no reward to plot yet")
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axis = figure.subplots()
-    steps = range(1, len(rewards) + 1)
-    axis.plot(steps, rewards, color="#9db8d6", linewidth=1, label="step")
-    smooth = [sum(rewards[max(0, i - 9) : i + 1]) / len(rewards[max(0, i - 9) : i + 1]) for i in range(len(rewards))]
-    axis.plot(steps, smooth, color="#1f4e8c", linewidth=2, label="mean of the last ten")
+    _curve(axis, range(1, len(rewards) + 1), rewards)
     if baseline is not None:
         axis.axhline(baseline, color="#888888", linestyle="--", linewidth=1, label="before training")
     axis.set_xlabel("step")
     axis.set_ylabel("mean reward")
     axis.set_title(title)
-    axis.grid(alpha=0.3)
     axis.legend(loc="lower right")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     return path
+
+
+def plot_metrics(series: Mapping[str, Mapping[int, float]], path: Path, *, title: str) -> Path:
+    """Draw metrics by step, one below the other, each with its mean over ten.
+
+    Args:
+        series: for each metric its value by step.
+        path: of the PNG.
+        title: of the picture.
+
+    Raises:
+        DataError: a metric without values.
+    """
+    from matplotlib.figure import Figure
+
+    for key, values in series.items():
+        if not values:
+            raise DataError(f"there is no {key} to plot yet")
+    figure = Figure(figsize=(8, 1.2 + 3.3 * len(series)), layout="constrained")
+    figure.suptitle(title)
+    for (key, values), axis in zip(series.items(), figure.subplots(len(series), squeeze=False)[:, 0], strict=True):
+        _curve(axis, sorted(values), [values[step] for step in sorted(values)])
+        axis.set_xlabel("step")
+        axis.set_ylabel(key)
+        axis.legend(loc="best")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def _curve(axis: Any, steps: Sequence[int], values: Sequence[float]) -> None:
+    axis.plot(steps, values, color="#9db8d6", linewidth=1, label="step")
+    smooth = [sum(values[max(0, i - 9) : i + 1]) / len(values[max(0, i - 9) : i + 1]) for i in range(len(values))]
+    axis.plot(steps, smooth, color="#1f4e8c", linewidth=2, label="mean of the last ten")
+    axis.grid(alpha=0.3)
 
 
 def _on_positions(values: Tensor, batch: Batch) -> Tensor:

@@ -12,13 +12,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fitrl.data.bins import Layout
 from fitrl.data.groups import TokenHistory
 from fitrl.data.packing import pack
 from fitrl.data.samples import Sample
 from fitrl.policy.attention import keep_soft_caps, read_no_packed_rows, read_packed_rows
+from fitrl.policy.head import is_linear
 
 if TYPE_CHECKING:
     from fitrl.policy.loading import Policy
@@ -41,7 +42,8 @@ def probe(policy: Policy) -> None:
             ids = [history.token_ids[None, :-1].to(device) for history in histories]
             alone = torch.cat([policy.full_logits(row).logits[0].float() for row in ids])
             causal_lm: Any = policy.causal_lm
-            if type(causal_lm.get_output_embeddings()) is nn.Linear:
+            head = causal_lm.get_output_embeddings()
+            if is_linear(head):
                 apart = policy.logits(policy.hidden(ids[0]).last_hidden_state[0])
                 policy.has_linear_head = _close(apart, alone[: len(apart)])
             policy.can_pack = policy.can_share = read_packed_rows(causal_lm)  # tried at least
@@ -50,7 +52,11 @@ def probe(policy: Policy) -> None:
     finally:
         network.train(was_training)
     if not policy.has_linear_head:
-        _log.info("%s: logits are not a plain linear head, so whole logits are computed", type(network).__name__)
+        _log.info(
+            "%s: logits are not a linear head (%s) of the last hidden state, so whole logits are computed",
+            type(network).__name__,
+            type(head).__name__,
+        )
     if not policy.can_pack:
         read_no_packed_rows(policy.causal_lm)
         _log.info("%s: sequences in one row are not kept apart, so batches are padded", type(network).__name__)
@@ -95,7 +101,7 @@ def _stays_apart(policy: Policy, histories: list[TokenHistory], layout: Layout, 
     [batch] = pack([Sample(histories=histories, advantage=1.0)], layout=layout)
     try:
         batch = batch.to(alone.device)
-        together = policy.full_logits_of(batch.model_inputs)[batch.loss_inputs.rows].float()
+        together = policy.full_logits_of(batch.model_inputs).flatten(0, 1)[batch.loss_inputs.rows].float()
     except Exception as error:  # code of any model, asked for what it may never have been meant for
         _log.debug("%s cannot read a %s row: %s", type(policy.causal_lm).__name__, layout, error)
         return False

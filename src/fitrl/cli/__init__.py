@@ -1,0 +1,1 @@
+"""Sub-commands of `fitrl`: each module has a `make_parser()` and a `main(arguments) -> exit status`."""

@@ -1,0 +1,300 @@
+"""`SessionTrainer`: a `lightning.Trainer` with one live model: opened, resumed, sampled from, saved, released.
+
+Enters: a `TrainableModel`. Leaves: a session, whose strategy, optimizer and sampler outlive each `fit`. A trainer has
+one at most, and a run folder one trainer.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import lightning
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelSummary, ProgressBar
+from lightning.pytorch.strategies import Strategy
+
+from fitrl import _compat
+from fitrl.data import ranks
+from fitrl.errors import InvalidArgumentError, SessionError
+from fitrl.policy.checkpoints import tidy
+from fitrl.policy.lock import RunLock
+from fitrl.policy.model import TrainableModel
+from fitrl.policy.module import AdamWSettings, PolicyModule
+from fitrl.protocols.verbs import PolicyTrainer
+from fitrl.rollout.sampler import Sampler
+from fitrl.rollout.transformers import TransformersSampler
+from fitrl.strategies.verbs import PolicyVerbs
+from fitrl.trainers.interrupts import Interrupts
+from fitrl.trainers.progress import RewardProgressBar
+
+
+@dataclass(slots=True)
+class _Session:
+    """The model that is open."""
+
+    model: TrainableModel
+    module: PolicyModule
+    sampler: TransformersSampler | None = None
+
+
+class SessionTrainer(lightning.Trainer):
+    """A Lightning trainer that keeps one model open between calls, saves it, and hands its weights to a sampler.
+
+    Args:
+        strategy: name or instance of a fitrl strategy.
+        optimizer: AdamW's settings, but for the learning rate.
+        lr_schedule: factor on the learning rate, by optimizer steps taken.
+        compile: compile each decoder layer.
+        activation_checkpointing: keep less for backward, compute more.
+        sampler: what `trainer.sampler(model)` returns instead of the embedded one; it is handed the new weights
+            after each call.
+        callbacks: of Lightning or your own.
+        enable_model_summary: print Lightning's model summary, once per model; None: yes.
+        **lightning_options: of `lightning.Trainer`. Defaults that differ for RL, also in place of None: no logger, no
+            checkpoint callback and no progress bar unless asked for, `log_every_n_steps=1`, no sanity validation,
+            `max_epochs=-1`.
+
+    Raises:
+        InvalidArgumentError: a strategy without the verbs of `PolicyTrainer`, or one for several processes in a
+            script that was not started with `torchrun`.
+    """
+
+    def __init__(
+        self,
+        *,
+        strategy: str | Strategy,
+        optimizer: AdamWSettings = AdamWSettings(),  # noqa: B008 - frozen
+        lr_schedule: Callable[[int], float] | None = None,
+        compile: bool = False,
+        activation_checkpointing: bool = False,
+        sampler: Sampler | None = None,
+        callbacks: list[Callback] | Callback | None = None,
+        enable_model_summary: bool | None = None,
+        **lightning_options: Any,
+    ) -> None:
+        given = list(callbacks) if isinstance(callbacks, Sequence) else [] if callbacks is None else [callbacks]
+        self._interrupts = Interrupts()
+        given.append(self._interrupts)
+        defaults = {
+            "logger": False,
+            "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in given),
+            "enable_progress_bar": any(isinstance(callback, ProgressBar) for callback in given),
+            "log_every_n_steps": 1,
+            "num_sanity_val_steps": 0,
+            "max_epochs": -1,
+        }
+        # filled in place, so that the command line can follow the options to Lightning's own types and texts
+        for name, value in defaults.items():
+            if lightning_options.get(name) is None:
+                lightning_options[name] = value
+        if enable_model_summary is not False and not any(isinstance(callback, ModelSummary) for callback in given):
+            given.append(_SummaryOnce())
+        max_epochs = lightning_options["max_epochs"]
+        super().__init__(strategy=strategy, callbacks=given, enable_model_summary=False, **lightning_options)
+        if not isinstance(self.strategy, PolicyVerbs):
+            raise InvalidArgumentError(
+                f"{type(self).__name__} needs a strategy of fitrl, got {type(self.strategy).__name__}: pass "
+                "strategy='fitrl_local'"
+            )
+        self._refuse_other_launchers()
+        self._optimizer_settings = optimizer
+        self._lr_schedule = lr_schedule
+        self._compile = compile
+        self._activation_checkpointing = activation_checkpointing
+        self._given_sampler = sampler
+        self._user_max_epochs = max_epochs
+        self._session: _Session | None = None
+        self._lock: RunLock | None = None
+        self._busy = threading.Lock()
+        self._worker: ThreadPoolExecutor | None = None
+
+    @property
+    def verbs(self) -> PolicyVerbs:
+        """The strategy, typed."""
+        assert isinstance(self.strategy, PolicyVerbs)  # checked at construction
+        return self.strategy
+
+    def open(self, model: TrainableModel) -> PolicyTrainer:
+        """Set a model up for training and return the verbs; `fit_rl` does it by itself.
+
+        A model that is open already stays as it is. Another one is saved, if it has unsaved steps, and released
+        first. A run with checkpoints resumes its newest whole one.
+
+        Raises:
+            RunLockedError: another trainer has this run open.
+            CheckpointError: the run's checkpoints are of another kind of policy.
+        """
+        session = self._session
+        # a fit of some other module takes the session's place
+        is_live = session is not None and self.verbs.is_live and self.lightning_module is session.module
+        if session is not None and is_live and session.model.key == model.key:
+            if session.model is not model:
+                if (session.model.base_model, session.model.lora) != (model.base_model, model.lora):
+                    raise SessionError(f"{session.model!r} is open and {model!r} is the same run with other settings")
+                model.step = session.model.step
+                session.model = session.module.model = model
+            return self.verbs
+        if session is not None:
+            if is_live and self.verbs.has_unsaved_steps:
+                self.verbs.save()
+            self._release()
+        module = PolicyModule(
+            model,
+            optimizer=self._optimizer_settings,
+            lr_schedule=self._lr_schedule,
+            compile=self._compile,
+            activation_checkpointing=self._activation_checkpointing,
+        )
+        self.verbs.keep_alive = True
+        try:
+            self.strategy.setup_environment()
+            self._interrupts.watch()
+            ranks.first(lambda: self._take(model))
+            _compat.attach(self, module)
+            _compat.set_global_step(self, 0)
+            model.step = 0
+            self._session = _Session(model, module)
+            if self.verbs.resume() is None:
+                self.verbs.saved_step = 0  # the base model can be had again
+            self._publish()
+        except BaseException:
+            self._release()
+            raise
+        _compat.hold_loggers(self)
+        return self.verbs
+
+    def sampler(self, model: TrainableModel) -> Sampler:
+        """The sampler of a model's newest policy: the one given at construction, or the embedded one.
+
+        The embedded one shares the trainer's weights and waits while it trains.
+        """
+        self.open(model)
+        session = self._require_session()
+        if self._given_sampler is not None:
+            return self._given_sampler
+        if session.sampler is None:
+            session.sampler = TransformersSampler(
+                session.module.policy,
+                version=self.global_step,
+                context=self.strategy.precision_plugin.forward_context,
+            )
+        return session.sampler
+
+    def validate(
+        self,
+        model: lightning.LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
+        datamodule: lightning.LightningDataModule | None = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """Lightning's `validate`; without a model it validates the open one as it is now, not a checkpoint of it."""
+        if model is None and ckpt_path is None and self._session is not None:
+            model = self._session.module
+        return super().validate(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+
+    def close(self) -> None:
+        """Tear down and free the device. What was not saved is gone: `fit_rl` saves unless told not to."""
+        if self._worker is not None:
+            self._worker.shutdown()
+            self._worker = None
+        self._release()
+        _compat.release_loggers(self)
+        callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks:
+            if isinstance(callback, RewardProgressBar):
+                callback.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        session = self._session
+        interrupted = error is not None and not isinstance(error, Exception)
+        # with several ranks the others may not have been interrupted, and saving waits for all of them
+        if interrupted and session is not None and self.verbs.has_unsaved_steps and ranks.world_size() == 1:
+            self._say_where_to_resume(self._save())
+        self.close()
+
+    def _release(self) -> None:
+        if self._session is not None and self._session.sampler is not None:
+            self._session.sampler.close()
+        self._session = None
+        self._interrupts.unwatch()
+        self.verbs.close()
+        _compat.detach(self)
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _take(self, model: TrainableModel) -> None:
+        """Lock the run folder, then clear what a crash left in it."""
+        self._lock = RunLock(model.run_dir)
+        tidy(model.checkpoints_dir)
+
+    def _refuse_other_launchers(self) -> None:
+        """Let only `torchrun`, or a scheduler like it, start several processes.
+
+        Lightning's own launchers run the whole script again on each rank, rollouts and all, from its start.
+        """
+        environment = getattr(self.strategy, "cluster_environment", None)
+        if self.strategy.launcher is None or (environment is not None and environment.creates_processes_externally):
+            return
+        program = Path(sys.argv[0]).name or "script.py"
+        if program in ("fitrl", "__main__.py"):
+            program = "-m fitrl fit_rl ..."
+        raise InvalidArgumentError(
+            f"{type(self.strategy).__name__} trains with several processes, which torchrun starts: run "
+            f"'torchrun --nproc_per_node {max(1, self.num_devices)} {program}'"
+        )
+
+    def _require_session(self) -> _Session:
+        if self._session is None:
+            raise SessionError("no model is open: call trainer.open(model) first")
+        return self._session
+
+    def _publish(self) -> None:
+        """Hand the weights as they are to the sampler: the embedded one shares them and takes their version."""
+        session = self._session
+        if session is None:  # torn down on the way, see `_run_epoch`
+            return
+        if session.sampler is not None:
+            session.sampler.update((), self.global_step)
+        if self._given_sampler is not None:
+            self._given_sampler.update(self.verbs.named_weights(), self.global_step)
+
+    def _save(self) -> Path | None:
+        """Save the open model's step, unless it is saved already; returns where."""
+        if self.verbs.has_unsaved_steps:
+            return Path(self.verbs.save())
+        folder = self._require_session().model.checkpoints_dir / f"{self.global_step:04d}"
+        return folder if folder.is_dir() else None
+
+    def _say_where_to_resume(self, checkpoint: Path | None) -> None:
+        if self.is_global_zero:
+            where = f"saved {checkpoint}" if checkpoint is not None else "nothing was learned yet"
+            print(
+                f"fitrl: stopped at step {self.global_step}, {where}; opening the same model again resumes there",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+class _SummaryOnce(ModelSummary):
+    """Lightning's model summary, once per model instead of once per call."""
+
+    _summarised: PolicyModule | None = None
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if pl_module is not self._summarised:
+            self._summarised = pl_module  # type: ignore[assignment]
+            super().on_fit_start(trainer, pl_module)
