@@ -47,6 +47,8 @@ _ALLOWED_ENVIRONMENT = {
 }
 # threads that libraries keep for the life of the process, once they are first used
 _ALLOWED_THREADS = ("tqdm_monitor", "InductorSubproc", "pin_memory")
+# processes that libraries keep likewise: a compiler's, and MPI's where it is installed
+_ALLOWED_PROCESSES = ("compile_worker", "orted")
 _GRACE_S = 5.0
 
 
@@ -54,6 +56,14 @@ _GRACE_S = 5.0
 def one_thread() -> None:
     """Compute on one thread: tiny tensors are slower on several."""
     torch.set_num_threads(1)
+
+
+def _command(process: psutil.Process) -> str:
+    """Command line of a process; nothing for one that has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""
 
 
 @pytest.fixture(autouse=True)
@@ -85,9 +95,10 @@ def nothing_left_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
         thread.join(_GRACE_S)  # one that is about to end may do so
     running = [thread.name for thread in left if thread.is_alive()]
     me = psutil.Process()
-    children = [child for child in me.children(recursive=True) if "compile_worker" not in " ".join(child.cmdline())]
-    _, alive = psutil.wait_procs(children, timeout=_GRACE_S)
-    processes = [" ".join(child.cmdline()) for child in alive]
+    children = {child: _command(child) for child in me.children(recursive=True)}
+    ours = [child for child, line in children.items() if line and not any(name in line for name in _ALLOWED_PROCESSES)]
+    _, alive = psutil.wait_procs(ours, timeout=_GRACE_S)
+    processes = [children[child] for child in alive]
     for child in alive:
         child.kill()
     listening = [str(link.laddr) for link in me.net_connections() if link.status == psutil.CONN_LISTEN]
