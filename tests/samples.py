@@ -27,12 +27,17 @@ def true_logprobs(token_ids: torch.Tensor, temperature: float = 1.0) -> torch.Te
     return torch.cat([torch.tensor([torch.nan], dtype=torch.float64), chosen])
 
 
-def random_history(generator: torch.Generator, *, noise: float = 0.2, longest: int = 14) -> TokenHistory:
-    """Random bytes, some of them trainable, with the policy's logprobs plus noise."""
+def random_history(
+    generator: torch.Generator, *, noise: float = 0.2, longest: int = 14, prompt: torch.Tensor | None = None
+) -> TokenHistory:
+    """Random bytes, perhaps after a prompt, some of them trainable, with the policy's logprobs plus noise."""
     length = int(torch.randint(3, longest, (), generator=generator))
     ids = torch.randint(0, 256, (length,), generator=generator)
     mask = torch.rand(length, generator=generator) < 0.6
     mask[0], mask[-1] = False, True
+    if prompt is not None:
+        ids, mask = torch.cat([prompt, ids]), torch.cat([torch.zeros_like(prompt, dtype=torch.bool), mask])
+        length = len(ids)
     logprobs = true_logprobs(ids) + noise * torch.randn(length, generator=generator, dtype=torch.float64)
     return TokenHistory(
         token_ids=ids,
@@ -68,14 +73,18 @@ def make_samples(
     return samples
 
 
-def make_groups(*, seed: int, num_groups: int = 3, group_size: int = 4, longest: int = 14) -> list[TrajectoryGroup]:
-    """Groups of token histories with rewards that differ."""
+def make_groups(
+    *, seed: int, num_groups: int = 3, group_size: int = 4, longest: int = 14, prompt: int = 0
+) -> list[TrajectoryGroup]:
+    """Groups of token histories with rewards that differ, each after a prompt of its own of so many tokens."""
     generator = torch.Generator().manual_seed(seed)
+    prompts = [torch.randint(0, 256, (prompt,), generator=generator) if prompt else None for _ in range(num_groups)]
     return [
         TrajectoryGroup(
             [
                 Trajectory(
-                    token_histories=[random_history(generator, longest=longest)], reward=float(index % 3) + 0.1 * number
+                    token_histories=[random_history(generator, longest=longest, prompt=prompts[number])],
+                    reward=float(index % 3) + 0.1 * number,
                 )
                 for index in range(group_size)
             ]

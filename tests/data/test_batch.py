@@ -17,12 +17,12 @@ from fitrl.policy.loading import Policy
 from helpers import facts, sample, token_history
 
 
-@pytest.fixture(params=["padded", "packed"])
+@pytest.fixture(params=["padded", "packed", "shared"])
 def batch(request: pytest.FixtureRequest) -> Batch:
-    """Two trajectories, one of them with two histories."""
+    """Two trajectories, one of them with two histories, one of these with a first token that another has."""
     samples = [
         sample(token_history([5, 6, 7, 8], [0, 1, 0, 1]), advantage=0.3, reference=True),
-        sample(token_history([9, 10], [0, 1]), token_history([11, 12, 13], [0, 0, 1]), advantage=-2.0, reference=True),
+        sample(token_history([9, 10], [0, 1]), token_history([5, 12, 13], [0, 0, 1]), advantage=-2.0, reference=True),
     ]
     [built] = pack(samples, layout=request.param, kl_mean=0.1, measures_mismatch=True)
     return built
@@ -30,11 +30,12 @@ def batch(request: pytest.FixtureRequest) -> Batch:
 
 def _columns(part: ModelInputs | LossTargets) -> dict[str, torch.Tensor]:
     named = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
-    return {name: value for name, value in named.items() if value is not None}
+    return {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
 
 
 def _facts(batch: Batch) -> Any:
-    return facts(batch.model_inputs), facts(batch.loss_inputs), batch.measures_mismatch, batch.members
+    other = (batch.measures_mismatch, batch.members, batch.num_tokens_saved)
+    return facts(batch.model_inputs), facts(batch.loss_inputs), other
 
 
 def test_to_copies_everything_and_keeps_dtypes(batch: Batch) -> None:
@@ -68,8 +69,11 @@ def test_mixed_precision_leaves_logprobs_untouched(batch: Batch) -> None:
 
 
 def test_sizes(batch: Batch) -> None:
-    assert batch.num_input_tokens == 3 + 1 + 2
-    assert batch.num_positions == (9 if batch.layout == "padded" else 6)
+    saved = 1 if batch.layout == "shared" else 0
+    assert batch.num_tokens_saved == saved
+    assert batch.num_input_tokens == 3 + 1 + 2 - saved
+    assert batch.num_positions == (9 if batch.layout == "padded" else 6 - saved)
+    assert batch.model_inputs.longest == 3
 
 
 # -- filler ---------------------------------------------------------------------------------------------------------
@@ -78,7 +82,7 @@ def test_sizes(batch: Batch) -> None:
 def test_a_filler_is_one_position_without_weight(batch: Batch) -> None:
     filler = batch.filler()
 
-    assert filler.num_positions == 1
+    assert (filler.num_positions, filler.num_tokens_saved, filler.layout) == (1, 0, "padded")
     assert filler.loss_inputs.rows.tolist() == [0]
     assert filler.loss_inputs.mask.tolist() == [False]
     assert filler.loss_inputs.trajectory_ids.tolist() == [0]

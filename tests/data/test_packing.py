@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,14 +13,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fitrl.data import packing
-from fitrl.data.batch import Batch
+from fitrl.data.bins import Layout, first_fit
 from fitrl.data.groups import TokenHistory
-from fitrl.data.packing import Layout, deal, pack
+from fitrl.data.packing import deal, pack
 from fitrl.data.samples import Sample
 from fitrl.errors import InvalidArgumentError
 from fitrl.policy.loading import Policy
 from helpers import facts, sample, token_history
+from reading import all_rows, rows
 
 LAYOUTS: list[Layout] = ["auto", "padded", "packed"]
 
@@ -53,65 +53,6 @@ def _samples(draw: st.DrawFn, max_trajectories: int = 6, max_histories: int = 3)
     return built
 
 
-# -- a naive second implementation ----------------------------------------------------------------------------------
-
-Row = tuple[tuple[int, ...], int, float, float, float, float, float]
-
-
-def _expected_rows(one: Sample) -> list[Row]:
-    """For each token to learn: all tokens before it in its history, itself, old, rollout, reference, A, T."""
-    rows: list[Row] = []
-    start = 0
-    assert one.reference_logprobs is not None
-    for history in one.histories:
-        ids = history.token_ids.tolist()
-        for t in range(len(ids)):
-            if history.mask[t]:
-                rows.append(
-                    (
-                        tuple(ids[:t]),
-                        ids[t],
-                        float(one.old_logprobs[start + t]),
-                        float(history.logprobs[t]),
-                        float(one.reference_logprobs[start + t]),
-                        float(torch.tensor(one.advantage)),
-                        float(history.temperature[t]),
-                    )
-                )
-        start += len(ids)
-    return rows
-
-
-def _seen_by(batch: Batch, place: int) -> tuple[int, ...]:
-    """Tokens that a causal model sees at a position: those before it in its row, of its own segment."""
-    _, width = batch.model_inputs.input_ids.shape
-    row, column = divmod(place, width)
-    ids = batch.model_inputs.input_ids[row].tolist()
-    segments = batch.model_inputs.segment_ids[row].tolist()
-    return tuple(ids[i] for i in range(column + 1) if segments[i] == segments[column])
-
-
-def _rows(batch: Batch) -> list[Row]:
-    loss = batch.loss_inputs
-    assert loss.reference_logprobs is not None
-    return [
-        (
-            _seen_by(batch, int(loss.rows[i])),
-            int(loss.targets[i]),
-            float(loss.old_logprobs[i]),
-            float(loss.rollout_logprobs[i]),
-            float(loss.reference_logprobs[i]),
-            float(loss.advantages[i]),
-            float(loss.temperature[i]),
-        )
-        for i in range(len(loss.rows))
-    ]
-
-
-def _all_rows(samples: Iterable[Sample]) -> list[Row]:
-    return [row for one in samples for row in _expected_rows(one)]
-
-
 def _padded_size(samples: Sequence[Sample]) -> int:
     lengths = [len(history) - 1 for one in samples for history in one.histories]
     return len(lengths) * max(lengths)
@@ -132,7 +73,7 @@ def test_each_row_sees_its_own_history_and_predicts_its_own_token(
     batches = pack(samples, layout=layout, max_tokens=_fitting_limit(samples, layout, slack), hidden_size=hidden_size)
 
     for batch in batches:
-        assert _rows(batch) == _all_rows(samples[index] for index in batch.members)
+        assert rows(batch) == all_rows(samples[index] for index in batch.members)
     assert sorted(index for batch in batches for index in batch.members) == list(range(len(samples)))
 
 
@@ -143,8 +84,8 @@ def test_packed_and_padded_hold_the_same(samples: list[Sample], num_batches: int
 
     assert {batch.layout for batch in padded} == {"padded"}
     assert {batch.layout for batch in packed} == {"packed"}
-    assert [_rows(batch) for batch in padded] == [_rows(batch) for batch in packed]
-    assert Counter(row for batch in packed for row in _rows(batch)) == Counter(_all_rows(samples))
+    assert [rows(batch) for batch in padded] == [rows(batch) for batch in packed]
+    assert Counter(row for batch in packed for row in rows(batch)) == Counter(all_rows(samples))
 
 
 @given(_samples(), st.sampled_from(LAYOUTS), st.integers(0, 40))
@@ -226,7 +167,7 @@ def test_many_trajectories_are_packed_in_time_that_does_not_explode() -> None:
 
     def seconds(count: int) -> float:
         start = time.perf_counter()
-        packing._first_fit([one] * count, 11, "packed")
+        first_fit([one] * count, 11, "packed")
         return time.perf_counter() - start
 
     assert seconds(16_000) < 60 * seconds(1_000)
@@ -305,7 +246,7 @@ def test_zero_advantages_can_be_left_out(samples: list[Sample], num_batches: int
     kept = [index for index, one in enumerate(samples) if one.advantage] or [0]  # never no batch at all
     assert sorted(index for batch in batches for index in batch.members) == kept
     for batch in batches:
-        assert _rows(batch) == _all_rows(samples[index] for index in batch.members)
+        assert rows(batch) == all_rows(samples[index] for index in batch.members)
 
 
 # -- how many, and the same each time -------------------------------------------------------------------------------

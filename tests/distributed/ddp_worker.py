@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import lightning
 import torch
 
 import fitrl
+from exact import real_float64
 from fitrl.data import ranks
 from fitrl.demo import TASKS, correct
 from samples import make_groups
@@ -47,6 +49,7 @@ CASES: dict[str, dict[str, Any]] = {
         "importance_sampling_level": "sequence",
         "loss_aggregation": "seq_mean_token_mean",
     },
+    "shared prompts": {"max_tokens_per_microbatch": 60, "importance_sampling_level": "sequence", "num_epochs": 2},
     "reference and recomputed": {
         "precalculate_logprobs": True,
         "truncated_importance_sampling": 2.0,
@@ -85,11 +88,16 @@ def train(root: Path) -> dict[str, Any]:
         keep = KeepGradients()
         with new_trainer(keep) as trainer:
             model = fitrl.TrainableModel(f"case-{number}", "ddp", "tiny", lora=None, root=root)
-            results = [
-                trainer.fit_rl(model, make_groups(seed=seed, num_groups=3), learning_rate=1e-3, **arguments)
-                for seed in (1, 2)
-            ]
-            own = ("time/", "throughput/", "memory/", "data/padding_fraction")
+            prompt = 20 if name == "shared prompts" else 0
+            trainer.open(model)
+            with real_float64() if prompt else nullcontext():  # ranks sum a prompt's gradient in another order
+                results = [
+                    trainer.fit_rl(model, make_groups(seed=seed, prompt=prompt), learning_rate=1e-3, **arguments)
+                    for seed in (1, 2)
+                ]
+            if prompt:
+                assert all(result.metrics["data/shared_prefix_tokens_saved"] > 0 for result in results)
+            own = ("time/", "throughput/", "memory/", "data/padding_fraction", "data/shared_prefix_tokens_saved")
             seen[name] = {
                 "gradients": keep.steps,
                 "steps": [result.step for result in results],

@@ -94,7 +94,7 @@ def opened(tmp_path):
     ],
     ids=["cispo", "sequence"],
 )
-@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
 def test_both_paths_of_the_module_agree(opened, objective, layout) -> None:
     module = opened.verbs.policy_module
     assert module.policy.has_linear_head
@@ -127,14 +127,8 @@ def test_logits_that_their_maker_saved_are_not_overwritten(opened, monkeypatch) 
     )
     opened.verbs.forward_backward(batch)
     opened.verbs.clear_gradients()
-    whole = type(module.policy).full_logits
-
-    def squashed(self, *args, **keywords):
-        out = whole(self, *args, **keywords)
-        out.logits = torch.tanh(out.logits)
-        return out
-
-    monkeypatch.setattr(type(module.policy), "full_logits", squashed)
+    whole = type(module.policy).full_logits_of
+    monkeypatch.setattr(type(module.policy), "full_logits_of", lambda self, inputs: torch.tanh(whole(self, inputs)))
     opened.verbs.forward_backward(batch)
     assert seen == [True, False]
 
@@ -151,8 +145,8 @@ def test_the_reason_for_whole_logits_is_logged(tmp_path, tiny_policy, caplog) ->
     network.set_output_embeddings(replaced)
     policy = copy.copy(tiny_policy)
     policy.network, policy.has_linear_head = network, False
-    with caplog.at_level(logging.INFO, logger="fitrl.policy.loading"):
-        fitrl.policy.loading._probe(policy)
+    with caplog.at_level(logging.INFO, logger="fitrl.policy.probing"):
+        fitrl.policy.probing.probe(policy)
     assert not policy.has_linear_head
     assert [record for record in caplog.records if "Doubled" in record.getMessage()]
     assert load_policy("tiny").has_linear_head

@@ -82,7 +82,7 @@ def test_tiny_is_what_transformers_loads(tiny_policy) -> None:
     ours = logits_of(tiny_policy)
     assert float((ours - logits_of(reference_network())).abs().max()) < 1e-4
     assert torch.equal(ours, logits_of(AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()))
-    assert tiny_policy.has_linear_head and tiny_policy.can_pack and not tiny_policy.is_adapter
+    assert tiny_policy.has_linear_head and tiny_policy.can_pack and tiny_policy.can_share and not tiny_policy.is_adapter
     assert (tiny_policy.context_length, tiny_policy.hidden_size, tiny_policy.stop_ids) == (512, 96, frozenset({260}))
     assert tiny_policy.num_layers == 4
     with torch.no_grad():
@@ -266,7 +266,7 @@ FAMILIES = {
             word_embed_proj_dim=32,
         ),
         True,
-        False,  # its positions come from the attention mask
+        True,
     ),
     "mamba": (MambaConfig(vocab_size=262, hidden_size=32, num_hidden_layers=2, eos_token_id=260), True, False),
 }
@@ -303,7 +303,7 @@ def test_other_families_score_and_learn_as_in_transformers(family, tmp_path, tin
         trainer.open(model)
         module = trainer.verbs.policy_module
         assert (module.policy.has_linear_head, module.policy.can_pack) == (linear, packs)
-        for layout in ("padded", "packed") if packs else ("padded",):
+        for layout in ("padded", "packed", "shared") if packs else ("padded",):
             [batch] = pack(samples, layout=layout)
             module.logprob_chunk_size = 7
             assert float((module.score(batch) - torch.cat(truth).detach()).abs().max()) < 1e-4, layout
@@ -327,19 +327,6 @@ def test_a_soft_cap_is_part_of_the_linear_head(tmp_path, tiny_tokenizer) -> None
     whole = logits_of(policy)[0]
     assert policy.softcap == 0.5 and float((uncapped - whole).abs().max()) > 0.05  # the cap matters here
     assert torch.allclose(apart, whole, atol=1e-6)
-
-
-def test_packing_is_found_out_not_assumed(tmp_path, tiny_policy, tiny_tokenizer) -> None:
-    first, second = torch.tensor([[51, 43, 52, 61, 55]]), torch.tensor([[56, 43, 49]])
-    row, positions = torch.cat([first, second], dim=1), torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])
-    opt = load_policy(folder_of(copy.deepcopy(FAMILIES["opt"][0]), tmp_path, tiny_tokenizer))
-    for policy in (tiny_policy, opt):
-        policy.network.eval()
-        with torch.no_grad():
-            packed = policy.full_logits(row, positions).logits[0]
-        apart = torch.cat([logits_of(policy, ids)[0] for ids in (first, second)])
-        assert policy.can_pack == (float((packed - apart).abs().max()) < 1e-4)
-    assert tiny_policy.can_pack and not opt.can_pack
 
 
 # -- adapters ---------------------------------------------------------------------------------------------------------

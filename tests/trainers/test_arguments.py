@@ -485,8 +485,8 @@ def test_model_and_groups_are_checked(tmp_path) -> None:
 def test_a_model_that_cannot_pack_pads_and_counts_padding_as_length(tmp_path, monkeypatch) -> None:
     from fitrl.policy import loading
 
-    probe = loading._probe
-    monkeypatch.setattr(loading, "_probe", lambda policy: (probe(policy), setattr(policy, "can_pack", False)))
+    probe = loading.probe
+    monkeypatch.setattr(loading, "probe", lambda policy: (probe(policy), setattr(policy, "can_pack", False)))
     groups = make_groups(seed=1)
     short, long = (groups[0].trajectories[i].token_histories for i in (0, 1))
     groups[0].trajectories[0].token_histories = [*short, *long]

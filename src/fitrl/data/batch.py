@@ -1,7 +1,7 @@
 """Microbatches: what the model eats and what the loss eats, apart from each other.
 
-A batch is laid out either *padded*, one history a row, filled up on the right, or *packed*, all histories in one row,
-one segment each.
+A batch is laid out either *padded*, one history a row, filled up on the right, or *packed*, all histories in one row:
+one segment each, or, where histories begin alike, a tree of segments that holds what they share once.
 """
 
 from __future__ import annotations
@@ -20,16 +20,31 @@ _Tensors = TypeVar("_Tensors", "ModelInputs", "LossTargets")
 class ModelInputs:
     """What the model eats; B = 1 when packed.
 
+    When packed, `key <= query < ends[key]` says which keys a query may see. Two completions [7, 8] and [9] of a prompt
+    [5, 6], the prompt held once:
+
+        input_ids     5 6 7 8 9
+        position_ids  0 1 2 3 2
+        segment_ids   0 0 1 1 2
+        ends          5 5 4 4 5
+
     Attributes:
         input_ids: [B, L] int64.
-        position_ids: [B, L] int64, starting again at 0 with each segment; None when padded, where a causal
-            mask alone keeps the padding on the right out of sight.
-        segment_ids: [B, L] int64, which history a token belongs to; -1 for padding.
+        position_ids: [B, L] int64, how many tokens of its history come before a token; None when padded, where a
+            causal mask alone keeps the padding on the right out of sight.
+        segment_ids: [B, L] int64, which segment a token belongs to, a history of its own unless some share a prefix;
+            -1 for padding.
+        ends: [B, L] int64, the first place from which on a token is out of sight; None when padded.
+        boundaries: [N + 1] int32, where the N segments begin, and L; None when padded or a prefix is shared.
+        longest: positions of the longest history.
     """
 
     input_ids: Tensor
     position_ids: Tensor | None
     segment_ids: Tensor
+    ends: Tensor | None = None
+    boundaries: Tensor | None = None
+    longest: int
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -77,9 +92,10 @@ class Batch:
         measures_mismatch: whether trainer and sampler still hold the same weights, so that comparing their
             logprobs measures their difference (the first minibatch of a call).
         members: indices of the batch's samples in what was packed, in the order of the rows.
+        num_tokens_saved: tokens of histories that are not computed again, because another history holds them.
     """
 
-    __slots__ = ("loss_inputs", "measures_mismatch", "members", "model_inputs")
+    __slots__ = ("loss_inputs", "measures_mismatch", "members", "model_inputs", "num_tokens_saved")
 
     def __init__(
         self,
@@ -88,11 +104,13 @@ class Batch:
         *,
         measures_mismatch: bool = False,
         members: Sequence[int] = (),
+        num_tokens_saved: int = 0,
     ) -> None:
         self.model_inputs = model_inputs
         self.loss_inputs = loss_inputs
         self.measures_mismatch = measures_mismatch
         self.members = tuple(members)
+        self.num_tokens_saved = num_tokens_saved
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """Copy to a device; dtypes stay."""
@@ -101,16 +119,19 @@ class Batch:
             _to(self.loss_inputs, device, non_blocking),
             measures_mismatch=self.measures_mismatch,
             members=self.members,
+            num_tokens_saved=self.num_tokens_saved,
         )
 
     @property
-    def layout(self) -> Literal["padded", "packed"]:
+    def layout(self) -> Literal["padded", "packed", "shared"]:
         """How the histories are laid out."""
-        return "padded" if self.model_inputs.position_ids is None else "packed"
+        if self.model_inputs.ends is None:
+            return "padded"
+        return "shared" if self.model_inputs.boundaries is None else "packed"
 
     @property
     def num_input_tokens(self) -> int:
-        """Tokens of histories, without padding."""
+        """Tokens of histories that are computed, without padding."""
         return int((self.model_inputs.segment_ids >= 0).sum())
 
     @property
@@ -124,6 +145,7 @@ class Batch:
             input_ids=self.model_inputs.input_ids[:1, :1],
             position_ids=None,
             segment_ids=self.model_inputs.segment_ids[:1, :1],
+            longest=1,
         )
         first: dict[str, Any] = {
             field.name: value if value is None or value.dim() == 0 else value[:1]
@@ -155,7 +177,7 @@ class Feed:
 
 def _to(tensors: _Tensors, device: torch.device | str, non_blocking: bool) -> _Tensors:
     moved: dict[str, Any] = {
-        field.name: None if value is None else value.to(device, non_blocking=non_blocking)
+        field.name: value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
         for field in fields(tensors)
         for value in [getattr(tensors, field.name)]
     }

@@ -1,25 +1,24 @@
 """Packing: samples to microbatches, deterministically, with the global denominators on board.
 
 Enters: the samples of one optimizer step. Leaves: `Batch` objects, one per microbatch. All histories of a trajectory
-share a microbatch, because sequence-level ratios need the whole trajectory.
+share a microbatch, because sequence-level ratios need the whole trajectory; which trajectories do, `bins.py` says.
 """
 
 from __future__ import annotations
 
-import heapq
-import math
 import random
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from fitrl.data.batch import Batch, LossTargets, ModelInputs
-from fitrl.data.samples import Sample, num_positions
+from fitrl.data.bins import WORTHWHILE, Layout, assign
+from fitrl.data.groups import TokenHistory
+from fitrl.data.prefixes import Prefixes, Row, separate_row
+from fitrl.data.samples import Sample
 from fitrl.errors import InvalidArgumentError
-
-Layout: TypeAlias = Literal["auto", "padded", "packed"]
 
 
 def deal(num_groups: int, num_minibatches: int, *, seed: int, step: int, epoch: int) -> list[list[int]]:
@@ -41,7 +40,9 @@ def pack(
     num_batches: int | None = None,
     multiple_of: int = 1,
     layout: Layout = "auto",
+    share_prefixes: bool = False,
     hidden_size: int = 1024,
+    sparse_attention: bool = False,
     num_tokens: float | None = None,
     num_sequences: float | None = None,
     kl_mean: float | None = None,
@@ -52,12 +53,15 @@ def pack(
 
     Args:
         samples: trajectories.
-        max_tokens: most positions in a microbatch, padding included; None: one microbatch.
+        max_tokens: most positions in a microbatch, padding included, shared ones once; None: one microbatch.
         num_batches: exactly so many microbatches instead, of about equal size.
         multiple_of: with `max_tokens`, rather some more microbatches than a number that this does not divide, so that
             each of so many ranks has work.
-        layout: "auto" takes, per microbatch, the one that costs the transformer less arithmetic.
+        layout: "auto" takes, per microbatch, the one that costs the transformer less arithmetic; "shared" is packed,
+            with every common prefix held once.
+        share_prefixes: whether "auto" may share prefixes, where that saves enough; the policy has to be able to.
         hidden_size: width of the model, which decides what attention over a packed row costs.
+        sparse_attention: whether attention skips what is out of sight, instead of computing and masking it.
         num_tokens: trainable tokens of the step; None: those of `samples`.
         num_sequences: trajectories of the step; None: those of `samples`.
         kl_mean: mean of q - ref over the call.
@@ -77,21 +81,28 @@ def pack(
     chosen = [index for index, sample in enumerate(samples) if sample.advantage != 0.0 or not skip_zero_advantage]
     chosen = chosen or [0]
     packed = [samples[index] for index in chosen]
-    if num_batches is not None:
-        bins = _balance(packed, num_batches)
-    else:
-        bins = _first_fit(packed, max_tokens, layout)
-        if len(bins) % multiple_of:
-            spread = _balance(packed, math.ceil(len(bins) / multiple_of) * multiple_of)
-            if all(_fits([packed[index] for index in indices], max_tokens, layout) for indices in spread):
-                bins = spread
+    shares = layout == "shared" or (layout == "auto" and share_prefixes)
+    prefixes = Prefixes([history for sample in packed for history in sample.histories]) if shares else None
+    bins = assign(
+        packed,
+        layout=layout,
+        prefixes=prefixes,
+        max_tokens=max_tokens,
+        num_batches=num_batches,
+        multiple_of=multiple_of,
+    )
+    starts = [0, *accumulate(len(sample.histories) for sample in packed)]
     return [
         _build(
             [packed[index] for index in indices],
+            tree=None
+            if prefixes is None
+            else prefixes.row([number for index in indices for number in range(starts[index], starts[index + 1])]),
             members=[chosen[index] for index in indices],
             layout=layout,
-            max_tokens=max_tokens,
+            max_tokens=max_tokens if num_batches is None else None,
             hidden_size=hidden_size,
+            sparse_attention=sparse_attention,
             num_tokens=tokens,
             num_sequences=sequences,
             kl_mean=kl_mean,
@@ -101,65 +112,15 @@ def pack(
     ]
 
 
-def _first_fit(samples: Sequence[Sample], max_tokens: int | None, layout: Layout) -> list[list[int]]:
-    """First-fit decreasing; a padded microbatch is as large as its rows times the longest of them."""
-    if max_tokens is None:
-        return [list(range(len(samples)))]
-    for sample in samples:
-        needed = num_positions(sample.histories, padded=layout == "padded")
-        if needed > max_tokens:
-            raise InvalidArgumentError(f"a trajectory takes {needed} positions, max_tokens={max_tokens} allows fewer")
-    lengths = [[len(history) - 1 for history in sample.histories] for sample in samples]
-    # the first sample of a bin is its widest, so that a padded bin has a fixed number of rows, a packed one of tokens
-    if layout == "padded":
-        size, need = [max(row) for row in lengths], [len(row) for row in lengths]
-    else:
-        size = need = [sum(row) for row in lengths]
-    bins: list[list[int]] = []
-    # a binary tree over the bins: each node holds the most room that a bin below it has left
-    leaves = 1 << (len(samples) - 1).bit_length()
-    room = [0] * (2 * leaves)
-    for index in sorted(range(len(samples)), key=lambda index: (-size[index], index)):
-        if bins and room[1] >= need[index]:
-            node = 1
-            while node < leaves:
-                node = 2 * node if room[2 * node] >= need[index] else 2 * node + 1
-        else:
-            node = leaves + len(bins)
-            bins.append([])
-            room[node] = max_tokens // size[index] if layout == "padded" else max_tokens
-        bins[node - leaves].append(index)
-        room[node] -= need[index]
-        while node > 1:
-            node //= 2
-            room[node] = max(room[2 * node], room[2 * node + 1])
-    return [sorted(indices) for indices in bins]
-
-
-def _balance(samples: Sequence[Sample], num_batches: int) -> list[list[int]]:
-    """Largest first onto the emptiest microbatch."""
-    order = sorted(range(len(samples)), key=lambda index: (-samples[index].num_input_tokens, index))
-    bins: list[list[int]] = [[] for _ in range(min(num_batches, len(samples)))]
-    loads = [(0, place) for place in range(len(bins))]  # a heap: the emptiest first
-    for index in order:
-        load, place = loads[0]
-        bins[place].append(index)
-        heapq.heapreplace(loads, (load + samples[index].num_input_tokens, place))
-    return [sorted(indices) for indices in bins]
-
-
-def _fits(samples: Sequence[Sample], max_tokens: int | None, layout: Layout) -> bool:
-    histories = [history for sample in samples for history in sample.histories]
-    return max_tokens is None or num_positions(histories, padded=layout == "padded") <= max_tokens
-
-
 def _build(
     samples: Sequence[Sample],
     *,
+    tree: Row | None,
     members: Sequence[int],
     layout: Layout,
     max_tokens: int | None,
     hidden_size: int,
+    sparse_attention: bool,
     num_tokens: float,
     num_sequences: float,
     kl_mean: float | None,
@@ -169,25 +130,16 @@ def _build(
     lengths = torch.tensor([len(history) for history in histories])
     ids = torch.cat([history.token_ids for history in histories])
     mask = torch.cat([history.mask for history in histories])
-    segment = torch.repeat_interleave(torch.arange(len(histories)), lengths)
-    position = torch.arange(len(ids)) - (lengths.cumsum(0) - lengths)[segment]
-    is_input = position < lengths[segment] - 1
+    is_input = torch.ones_like(mask)
+    is_input[lengths.cumsum(0) - 1] = False  # the last token of a history predicts nothing
     predicted = mask.nonzero().squeeze(1)
 
-    width = int(lengths.max()) - 1
     if layout == "auto":
-        layout = _cheaper(len(histories), width, int(is_input.sum()), hidden_size, max_tokens)
-    if layout == "packed":
-        slot = is_input.cumsum(0) - 1
-        shape = (1, int(is_input.sum()))
-    else:
-        slot = segment * width + position
-        shape = (len(histories), width)
-
-    def scatter(values: Tensor, fill: int) -> Tensor:
-        flat = torch.full((shape[0] * shape[1],), fill, dtype=torch.int64)
-        flat[slot[is_input]] = values[is_input]
-        return flat.view(shape)
+        layout = _cheapest(lengths - 1, tree, hidden_size, sparse_attention, max_tokens)
+    row = tree if layout == "shared" and tree is not None else separate_row(histories)
+    inputs, slots = _lay_out(ids[is_input], histories, row, layout)
+    slot = torch.full_like(ids, -1)
+    slot[is_input] = slots
 
     trajectory = torch.repeat_interleave(
         torch.arange(len(samples)), torch.tensor([int(sum(map(len, sample.histories))) for sample in samples])
@@ -195,11 +147,7 @@ def _build(
     advantages = torch.tensor([sample.advantage for sample in samples], dtype=torch.float32)
     references = [sample.reference_logprobs for sample in samples if sample.reference_logprobs is not None]
     return Batch(
-        ModelInputs(
-            input_ids=scatter(ids, 0),
-            position_ids=scatter(position, 0) if layout == "packed" else None,
-            segment_ids=scatter(segment, -1),
-        ),
+        inputs,
         LossTargets(
             rows=slot[predicted - 1],
             targets=ids[predicted],
@@ -216,12 +164,58 @@ def _build(
         ),
         measures_mismatch=measures_mismatch,
         members=members,
+        num_tokens_saved=len(row.slots) - len(row.positions),
     )
 
 
-def _cheaper(rows: int, width: int, tokens: int, hidden_size: int, max_tokens: int | None) -> Layout:
-    """The layout with less arithmetic: a token costs about 24 H^2 in the layers' matrices, 4 H for each key it sees."""
-    padded = rows * width
-    if max_tokens is not None and padded > max_tokens:
-        return "packed"
-    return "packed" if tokens * (6 * hidden_size + tokens) < padded * (6 * hidden_size + width) else "padded"
+def _lay_out(ids: Tensor, histories: Sequence[TokenHistory], row: Row, layout: Layout) -> tuple[ModelInputs, Tensor]:
+    """Put the inputs [T] of histories in their places; also returns these, [T] int64 into the B x L positions."""
+    lengths = torch.tensor([len(history) - 1 for history in histories])
+    longest = int(lengths.max())
+    if layout == "padded":
+        slots, shape = row.segments * longest + row.positions, (len(histories), longest)
+    else:
+        slots, shape = row.slots, (1, len(row.positions))
+
+    def scatter(values: Tensor, fill: int) -> Tensor:
+        return torch.full((shape[0] * shape[1],), fill).scatter_(0, slots, values).view(shape)
+
+    if layout == "padded":
+        return (
+            ModelInputs(
+                input_ids=scatter(ids, 0), position_ids=None, segment_ids=scatter(row.segments, -1), longest=longest
+            ),
+            slots,
+        )
+    inputs = ModelInputs(
+        input_ids=scatter(ids, 0),
+        position_ids=row.positions[None],
+        segment_ids=row.segments[None],
+        ends=row.ends[None],
+        boundaries=None
+        if len(row.positions) < len(row.slots)
+        else torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
+        longest=longest,
+    )
+    return inputs, slots
+
+
+def _cheapest(
+    lengths: Tensor, tree: Row | None, hidden_size: int, sparse_attention: bool, max_tokens: int | None
+) -> Layout:
+    """The layout with the least arithmetic: a token costs about 24 H^2 in the layers' matrices, 4 H a key it sees."""
+    rows, width, tokens = len(lengths), int(lengths.max()), int(lengths.sum())
+    sizes: dict[Layout, int] = {"padded": rows * width, "packed": tokens}
+    keys: dict[Layout, float]  # that all queries together see
+    if sparse_attention:
+        keys = {"padded": rows * width * (width + 1) / 2, "packed": float((lengths * (lengths + 1)).sum()) / 2}
+    else:
+        keys = {"padded": rows * width**2, "packed": tokens**2}
+    if tree is not None:
+        sizes["shared"] = len(tree.positions)
+        keys["shared"] = float((tree.positions + 1).sum()) if sparse_attention else len(tree.positions) ** 2
+    costs: dict[Layout, float] = {name: 6 * hidden_size * sizes[name] + keys[name] for name in sizes}
+    if tree is not None:
+        costs["shared"] *= WORTHWHILE / (WORTHWHILE - 1)
+    fitting = [name for name in sizes if max_tokens is None or sizes[name] <= max_tokens]
+    return min(fitting, key=costs.__getitem__)

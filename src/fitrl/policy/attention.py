@@ -1,13 +1,38 @@
-"""Which attention kernels a policy may run with."""
+"""Attention of packed rows, and which attention kernels a policy may run with.
+
+transformers asks a registry for its attention function, by the name in the model's configuration. Ours is under the
+name of the stock one with "fitrl_" before it. It is handed a `PackedRow` where there is one, and then computes what the
+row's histories would alone; everything else, padded batches and sampling with a cache, goes to the stock one.
+
+| where                                                 | kernel                                      |
+|-------------------------------------------------------|---------------------------------------------|
+| CPU; float64; heads of fewer than 16 numbers          | a dense mask: the reference                 |
+| CUDA, 16-bit, nothing shared, logits not soft-capped  | flash attention over lengths                |
+| CUDA otherwise                                        | FlexAttention, compiled once for all shapes |
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
+import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from fitrl.errors import UnsupportedError
+from fitrl.policy.packed_row import PackedRow
 
 _BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_STOCK = ("sdpa", "eager")
+_PREFIX = "fitrl_"
+# what some models add to the logits or to the softmax; none of the kernels here does
+_UNKNOWN = ("s_aux", "position_bias", "head_mask")
 
 
 def attention_kernels(device: torch.device) -> AbstractContextManager[None]:
@@ -16,3 +41,197 @@ def attention_kernels(device: torch.device) -> AbstractContextManager[None]:
     On one H100 that took 1.7 ms of each layer's 1.9 ms while sampling with SmolLM2-135M.
     """
     return sdpa_kernel(_BACKENDS) if device.type == "cuda" else nullcontext()
+
+
+def skips_hidden_keys(device: torch.device) -> bool:
+    """Whether attention over a packed row costs only what is in sight, instead of everything before a token."""
+    return device.type == "cuda"
+
+
+def keep_soft_caps(network: Any) -> None:
+    """Leave SDPA to models that do not cap attention logits: it cannot, and transformers 5.17 lets it drop the cap."""
+    capped = getattr(network.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    if capped and network.config._attn_implementation == "sdpa":
+        network.set_attn_implementation("eager")
+
+
+def read_packed_rows(network: Any) -> bool:
+    """Make a transformers model hand packed rows to our attention; whether it lets us."""
+    stock = network.config._attn_implementation.removeprefix(_PREFIX)
+    if stock not in _STOCK:
+        return False
+    network.set_attn_implementation(_register(stock))
+    return bool(network.config._attn_implementation == _PREFIX + stock)
+
+
+def read_no_packed_rows(network: Any) -> None:
+    """Give a transformers model its stock attention back."""
+    network.set_attn_implementation(network.config._attn_implementation.removeprefix(_PREFIX))
+
+
+@functools.cache
+def _register(stock: str) -> str:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
+        row = options.pop("packed_row", None)
+        if row is None:
+            return _stock_attention(stock, module)(module, query, key, value, mask, **options)
+        return _attend_as_asked(module, query, key, value, row, options), None
+
+    masks: Any = AttentionMaskInterface
+    AttentionInterface.register(_PREFIX + stock, attention)
+    masks.register(_PREFIX + stock, masks()[stock])
+    return _PREFIX + stock
+
+
+def _stock_attention(stock: str, module: Any) -> Callable[..., Any]:
+    from transformers import AttentionInterface
+
+    functions: Any = AttentionInterface
+    # every model's default is the function of this name beside it
+    default = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    found: Callable[..., Any] = functions().get_interface(stock, default)
+    return found
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _attend_as_asked(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, row: PackedRow, options: dict[str, Any]
+) -> Tensor:
+    """Read what transformers' models ask of an attention function; returns [1, L, heads, D].
+
+    Not part of a compiled layer, which breaks in two around it: masks are made here for the other layers as well.
+    """
+    asked = [name for name in _UNKNOWN if options.get(name) is not None]
+    if asked or options.get("dropout") or options.get("is_causal") is False or key.shape[2] != row.length:
+        raise UnsupportedError(
+            f"{type(module).__name__} asks for attention that packed rows do not have ({asked or 'no causal mask'}): "
+            "use pack(..., layout='padded')"
+        )
+    scale = options.get("scaling")
+    return attend(
+        query,
+        key,
+        value,
+        row,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        softcap=options.get("softcap"),
+        window=options.get("sliding_window"),
+    ).contiguous()
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    row: PackedRow,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Attention within a packed row, by the fastest kernel that computes what is asked for.
+
+    Args:
+        query: [1, heads, L, D].
+        key: [1, key heads, L, D]; each serves as many query heads as there are more of them.
+        value: [1, key heads, L, D].
+        row: who sees whom.
+        scale: of the logits.
+        softcap: c of c tanh(logits / c), or None.
+        window: how many positions a token sees, itself included; None: all of its history.
+
+    Returns:
+        [1, L, heads, D].
+    """
+    if torch.is_autocast_enabled(query.device.type):  # as it does for the stock attention
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if window is not None and window >= row.longest:
+        window = None  # it hides nothing
+    size = query.shape[-1]
+    if query.device.type != "cuda" or query.dtype == torch.float64 or min(size, value.shape[-1]) < 16:
+        return dense_attention(query, key, value, row, scale=scale, softcap=softcap, window=window)
+    flash = query.dtype in (torch.bfloat16, torch.float16) and size == value.shape[-1] and size <= 256 and size % 8 == 0
+    if flash and softcap is None and row.boundaries is not None:
+        return length_attention(query, key, value, row, scale=scale, window=window)
+    return flex_attention(query, key, value, row, scale=scale, softcap=softcap, window=window)
+
+
+def dense_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    row: PackedRow,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """`attend` with a dense mask."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    mask = row.dense(window)
+    if softcap is None:
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
+    logits = softcap * torch.tanh(query @ key.transpose(2, 3) * (scale / softcap))
+    exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    weights = logits.masked_fill(~mask, -torch.inf).softmax(dim=-1, dtype=exact).to(value.dtype)
+    return (weights @ value).transpose(1, 2)
+
+
+def length_attention(
+    query: Tensor, key: Tensor, value: Tensor, row: PackedRow, *, scale: float, window: int | None = None
+) -> Tensor:
+    """`attend` with flash attention over segments that are given by their lengths."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # before torch 2.12 it need not be asked for
+        options["enable_gqa"] = query.shape[1] != key.shape[1]
+    query, key, value = (heads[0].transpose(0, 1) for heads in (query, key, value))
+    bounds = row.boundaries
+    assert bounds is not None  # nothing is shared
+    attended: Any = varlen_attn(query, key, value, bounds, bounds, row.longest, row.longest, **options)
+    return attended[None]  # type: ignore[no-any-return]
+
+
+def flex_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    row: PackedRow,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """`attend` with FlexAttention; the row's length is a multiple of 128."""
+
+    def cap(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        assert softcap is not None  # else there is nothing to do
+        return softcap * torch.tanh(score / softcap)
+
+    attended: Tensor = _compiled_flex_attention()(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else cap,
+        block_mask=row.blocks(window),
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return attended.transpose(1, 2)
+
+
+@functools.cache
+def _compiled_flex_attention() -> Callable[..., Any]:
+    import torch._dynamo
+    from torch.nn.attention.flex_attention import flex_attention as plain
+
+    # one graph each for precisions, windows, caps, with and without gradients; past the limit, by default 8, it would
+    # run uncompiled, which computes every pair of tokens
+    limit = max(64, torch._dynamo.config.recompile_limit)
+    torch._dynamo.config.recompile_limit = limit
+    return torch.compile(plain, dynamic=True)

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from fitrl.data.batch import ModelInputs
 from fitrl.errors import (
     CheckpointError,
     InvalidArgumentError,
@@ -27,14 +28,15 @@ from fitrl.errors import (
     UnsupportedError,
 )
 from fitrl.objective.logprobs import linear_logits
-from fitrl.policy.attention import attention_kernels
-from fitrl.policy.head import is_linear, weight_and_bias
+from fitrl.policy.attention import attention_kernels, skips_hidden_keys
+from fitrl.policy.head import weight_and_bias
+from fitrl.policy.packed_row import BLOCK, PackedRow
+from fitrl.policy.probing import probe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
-_PROBE_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)  # no slots: the command line reads defaults with vars()
@@ -70,7 +72,8 @@ class Policy:
         has_linear_head: whether logits are exactly `head(last hidden state)` with a linear head, so that
             the loss can be computed by tiles of rows; LoRA adapters on the head are a part of its weight. Found out by
             comparing both ways once.
-        can_pack: whether several sequences in one row stay apart; found out the same way.
+        can_pack: whether several histories in one row stay apart; found out the same way.
+        can_share: whether histories in one row can have a common prefix; found out the same way.
         softcap: soft cap of the final logits, or None.
     """
 
@@ -78,6 +81,7 @@ class Policy:
     tokenizer: PreTrainedTokenizerBase
     has_linear_head: bool = False
     can_pack: bool = False
+    can_share: bool = False
     softcap: float | None = None
 
     @property
@@ -108,6 +112,11 @@ class Policy:
         return int(self.causal_lm.config.get_text_config().num_hidden_layers)
 
     @property
+    def skips_hidden_keys(self) -> bool:
+        """Whether attention over a packed row costs only what is in sight."""
+        return skips_hidden_keys(next(self.network.parameters()).device)
+
+    @property
     def context_length(self) -> int | None:
         """Longest sequence the model was made for, in tokens."""
         length = getattr(self.causal_lm.config.get_text_config(), "max_position_embeddings", None)
@@ -123,11 +132,17 @@ class Policy:
     @property
     def head(self) -> tuple[Tensor, Tensor | None]:
         """Weight [V, H] and bias of the output head, adapters on it included."""
-        return weight_and_bias(_output_head(self.causal_lm))
+        causal_lm: Any = self.causal_lm
+        return weight_and_bias(causal_lm.get_output_embeddings())
 
     def hidden(self, input_ids: Tensor, position_ids: Tensor | None = None, **cache: Any) -> Any:
         """Run the decoder layers; returns transformers' output with `last_hidden_state` [B, L, H]."""
         return self._run(self.causal_lm.base_model, input_ids, position_ids, cache)
+
+    def hidden_of(self, inputs: ModelInputs) -> Tensor:
+        """Last hidden states [B, L, H] of a batch; a packed row may go on behind its tokens."""
+        hidden: Tensor = self._run_batch(self.causal_lm.base_model, inputs).last_hidden_state
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits [T, V] of hidden states [T, H], for models with a linear head."""
@@ -155,15 +170,30 @@ class Policy:
         """Run the whole model; returns transformers' output with `logits` [B, L, V]."""
         return self._run(self.causal_lm, input_ids, position_ids, cache)
 
+    def full_logits_of(self, inputs: ModelInputs) -> Tensor:
+        """Logits [B, L, V] of a batch by the whole model; a packed row may go on behind its tokens."""
+        logits: Tensor = self._run_batch(self.causal_lm, inputs).logits
+        return logits
+
+    def _run_batch(self, network: Any, inputs: ModelInputs) -> Any:
+        """Run a batch, if its layout is one that the policy keeps apart."""
+        if inputs.ends is None:
+            return self._run(network, inputs.input_ids, None, {})
+        shared = inputs.boundaries is None
+        if not (self.can_share if shared else self.can_pack):
+            layouts = "layout='packed' or 'padded'" if self.can_pack else "layout='padded'"
+            raise InvalidArgumentError(
+                f"{type(self.causal_lm).__name__} mixes histories that share a {'prefix' if shared else 'row'}: use "
+                f"pack(..., {layouts})"
+            )
+        row = PackedRow(inputs, multiple_of=BLOCK if self.skips_hidden_keys else 1)
+        return self._run(network, row.input_ids, row.position_ids, {"attention_mask": row.mask, "packed_row": row})
+
     @staticmethod
     def _run(network: Any, input_ids: Tensor, position_ids: Tensor | None, cache: dict[str, Any]) -> Any:
         options = {"use_cache": False} | cache  # with a cache, transformers would not see that a row is packed
         with attention_kernels(input_ids.device):
             return network(input_ids=input_ids, position_ids=position_ids, **options)
-
-
-def _output_head(network: Any) -> Any:
-    return network.get_output_embeddings()
 
 
 def is_peft(network: nn.Module) -> bool:
@@ -237,7 +267,7 @@ def load_policy(
     policy = Policy(network=network, tokenizer=tokenizer or load_tokenizer(base_model))
     text_config = policy.causal_lm.config.get_text_config()
     policy.softcap = getattr(text_config, "final_logit_softcapping", None)
-    _probe(policy)
+    probe(policy)
     return policy
 
 
@@ -371,36 +401,3 @@ def _disable_dropout(network: nn.Module) -> None:
         for name, value in vars(module).items():
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
-
-
-@torch.no_grad()
-def _probe(policy: Policy) -> None:
-    """Find out, on two short sequences, whether the head is plain and whether sequences in one row stay apart."""
-    network = policy.network
-    was_training = network.training
-    network.eval()
-    try:
-        device = next(network.parameters()).device
-        first, second = (torch.tensor([ids], device=device) for ids in ([1, 5, 3], [2, 4]))
-        alone = torch.cat([policy.full_logits(ids).logits[0].float() for ids in (first, second)])
-        head = _output_head(policy.causal_lm)
-        if is_linear(head):
-            apart = torch.cat([policy.logits(policy.hidden(ids).last_hidden_state[0]) for ids in (first, second)])
-            policy.has_linear_head = _close(apart, alone)
-        positions = torch.tensor([[0, 1, 2, 0, 1]], device=device)
-        packed = policy.full_logits(torch.cat([first, second], dim=1), positions).logits[0].float()
-        policy.can_pack = _close(packed, alone)
-    finally:
-        network.train(was_training)
-    if not policy.has_linear_head:
-        _log.info(
-            "%s: logits are not a linear head (%s) of the last hidden state, so whole logits are computed",
-            type(network).__name__,
-            type(head).__name__,
-        )
-    if not policy.can_pack:
-        _log.info("%s: sequences in one row are not kept apart, so batches are padded", type(network).__name__)
-
-
-def _close(left: Tensor, right: Tensor) -> bool:
-    return bool((left - right).abs().max() <= _PROBE_TOLERANCE * max(1.0, float(right.abs().max())))

@@ -18,7 +18,7 @@ import lightning
 import torch
 from torch import Tensor, nn
 
-from fitrl.data.batch import Batch, ModelInputs
+from fitrl.data.batch import Batch
 from fitrl.errors import InvalidArgumentError, NonFiniteGradientError, UnsupportedError
 from fitrl.objective.custom import evaluate
 from fitrl.objective.fused_linear import fused_linear_policy_loss
@@ -235,15 +235,13 @@ class PolicyModule(lightning.LightningModule):
 
     def _hidden_rows(self, batch: Batch, policy: Policy | None = None) -> Tensor:
         """Last hidden states [R, H] of the positions that predict a target."""
-        inputs = _readable(batch, policy or self.policy)
-        hidden: Tensor = (policy or self.policy).hidden(inputs.input_ids, inputs.position_ids).last_hidden_state
+        hidden = (policy or self.policy).hidden_of(batch.model_inputs)
         return hidden.flatten(0, 1).index_select(0, batch.loss_inputs.rows)
 
     def _logit_rows(self, batch: Batch, policy: Policy | None = None) -> Tensor:
         """Logits [R, V] of the whole model, float32 (float64 stays), divided by the temperature."""
-        inputs, targets = _readable(batch, policy or self.policy), batch.loss_inputs
-        logits: Tensor = (policy or self.policy).full_logits(inputs.input_ids, inputs.position_ids).logits
-        rows = logits.flatten(0, 1).index_select(0, targets.rows)
+        targets = batch.loss_inputs
+        rows = (policy or self.policy).full_logits_of(batch.model_inputs).flatten(0, 1).index_select(0, targets.rows)
         rows = rows if rows.dtype == torch.float64 else rows.float()
         return rows / targets.temperature[:, None]
 
@@ -270,16 +268,17 @@ class PolicyModule(lightning.LightningModule):
         self, batch: Batch, policy: Policy, *, with_entropies: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Logprobs [R] and entropies of a model whose head cannot be taken apart; the logits are used up."""
-        inputs, targets = _readable(batch, policy), batch.loss_inputs
-        logits: Tensor = policy.full_logits(inputs.input_ids, inputs.position_ids).logits
-        maker = logits.grad_fn
+        targets = batch.loss_inputs
+        logits = policy.full_logits_of(batch.model_inputs)
+        maker, flat = logits.grad_fn, logits.flatten(0, 1)
+        shared = batch.layout == "shared"  # then several targets may be predicted at one position, each by its own copy
         return logits_logprobs(
-            logits.flatten(0, 1),
+            flat.index_select(0, targets.rows) if shared else flat,
             targets.targets,
             temperature=targets.temperature,
-            rows=targets.rows,
+            rows=None if shared else targets.rows,
             with_entropies=with_entropies,
-            in_place=maker is not None and maker.name() in _KEEP_NO_RESULT,
+            in_place=shared or (maker is not None and maker.name() in _KEEP_NO_RESULT),
         )
 
     def _logprobs_by_tiles(self, batch: Batch, policy: Policy, rows_per_tile: int) -> Tensor:
@@ -416,15 +415,6 @@ class PolicyModule(lightning.LightningModule):
 
 def _constant(step: int) -> float:
     return 1.0
-
-
-def _readable(batch: Batch, policy: Policy) -> ModelInputs:
-    """A batch's model inputs, if its layout is one that the policy keeps apart."""
-    if batch.layout == "packed" and not policy.can_pack:
-        raise InvalidArgumentError(
-            f"{type(policy.causal_lm).__name__} mixes histories that share a row: use pack(..., layout='padded')"
-        )
-    return batch.model_inputs
 
 
 def _files(folder: Path) -> tuple[tuple[str, int, int, int], ...]:

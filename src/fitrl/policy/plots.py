@@ -28,7 +28,7 @@ def plot_batches(batches: Sequence[Batch], path: Path) -> Path:
         inputs, targets = batch.model_inputs, batch.loss_inputs
         segments = inputs.segment_ids.float().masked_fill(inputs.segment_ids < 0, torch.nan)
         panels: list[tuple[str, Tensor]] = [
-            ("history (blank: padding)", segments),
+            ("segment (blank: padding)", segments),
             ("advantage", _on_positions(targets.advantages, batch)),
             ("rollout probability", _on_positions(targets.rollout_logprobs.exp(), batch)),
             ("old probability", _on_positions(targets.old_logprobs.exp(), batch)),
@@ -111,7 +111,7 @@ def _curve(axis: Any, steps: Sequence[int], values: Sequence[float]) -> None:
 
 
 def _on_positions(values: Tensor, batch: Batch) -> Tensor:
-    """Row values [R] on the [B, L] positions that they belong to; NaN elsewhere."""
+    """Row values [R] on the [B, L] positions that they belong to, the mean of several; NaN elsewhere."""
     flat = torch.full((batch.num_positions,), torch.nan)
-    flat[batch.loss_inputs.rows] = values.float()
+    flat.scatter_reduce_(0, batch.loss_inputs.rows, values.float(), "mean", include_self=False)
     return flat.view(batch.model_inputs.input_ids.shape)

@@ -128,7 +128,9 @@ class RolloutDataModule(lightning.LightningDataModule):
             samples.flat,
             num_batches=num_batches * ranks.world_size(),
             layout="auto" if policy.can_pack else "padded",
+            share_prefixes=policy.can_share,
             hidden_size=policy.hidden_size,
+            sparse_attention=policy.skips_hidden_keys,
             measures_mismatch=train,
         )
         fillers = [batches[0].filler() for _ in range(num_batches * ranks.world_size() - len(batches))]

@@ -35,7 +35,7 @@ class Plan:
     Attributes:
         batches: this rank's, in order; every `accumulate` of them make one optimizer step.
         accumulate: microbatches of an optimizer step, fillers included.
-        metrics: how much of all ranks' batches is padding.
+        metrics: how much of all ranks' batches is padding, and how many tokens need not be computed again.
     """
 
     batches: list[Batch]
@@ -78,13 +78,17 @@ def plan_call(samples: SampleSet, settings: UpdateSettings, verbs: PolicyVerbs) 
     for batches in steps:
         batches += [batches[0].filler() for _ in range(accumulate * ranks.world_size() - len(batches))]
     everyone = [batch for batches in steps for batch in batches]
-    tokens, positions = (
-        sum(getattr(batch, name) for batch in everyone) for name in ("num_input_tokens", "num_positions")
+    tokens, positions, saved = (
+        sum(getattr(batch, name) for batch in everyone)
+        for name in ("num_input_tokens", "num_positions", "num_tokens_saved")
     )
     return Plan(
         batches=[batch for batches in steps for batch in ranks.share_of(batches)],
         accumulate=accumulate,
-        metrics={"data/padding_fraction": 1.0 - tokens / positions, "data/shared_prefix_tokens_saved": 0.0},
+        metrics={
+            "data/padding_fraction": 1.0 - tokens / positions,
+            "data/shared_prefix_tokens_saved": float(saved),
+        },
     )
 
 
@@ -153,7 +157,13 @@ def _resolve(reference: Reference | None, module: PolicyModule) -> str | None:
 
 
 def _layout(module: PolicyModule) -> dict[str, Any]:
-    return {"layout": "auto" if module.policy.can_pack else "padded", "hidden_size": module.policy.hidden_size}
+    policy = module.policy
+    return {
+        "layout": "auto" if policy.can_pack else "padded",
+        "share_prefixes": policy.can_share,
+        "hidden_size": policy.hidden_size,
+        "sparse_attention": policy.skips_hidden_keys,
+    }
 
 
 def _max_tokens(samples: Sequence[Sample], settings: UpdateSettings, module: PolicyModule, device: torch.device) -> int:

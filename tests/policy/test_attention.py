@@ -1,0 +1,238 @@
+"""Attention of packed rows: every kernel against a softmax over each history alone."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention.flex_attention import flex_attention
+
+from fitrl.data.packing import pack
+from fitrl.data.samples import Sample
+from fitrl.errors import UnsupportedError
+from fitrl.policy import attention
+from fitrl.policy.packed_row import BLOCK, PackedRow, _visible_blocks
+from helpers import sample, token_history
+from trees import trees
+
+HEADS, KEY_HEADS, SIZE = 4, 2, 16
+
+
+def row_of(samples: list[Sample], layout: str = "shared", multiple_of: int = 1) -> tuple[PackedRow, list[Tensor]]:
+    """A packed row, and the places of each history in it."""
+    [batch] = pack(samples, layout=layout)  # type: ignore[arg-type]
+    everything = [history for one in samples for history in one.histories]
+    row = PackedRow(batch.model_inputs, multiple_of=multiple_of)
+    allowed = row.dense()
+    places, start = [], 0
+    for history in everything:
+        trained = int(history.mask.sum())
+        last_trained = int(batch.loss_inputs.rows[start + trained - 1])
+        start += trained
+        places.append(allowed[last_trained].nonzero().squeeze(1))  # up to the last predictor; the rest nobody reads
+    return row, places
+
+
+def heads_of(row: PackedRow, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(1, heads, row.length, SIZE, dtype=dtype, generator=generator)
+        for heads in (HEADS, KEY_HEADS, KEY_HEADS)
+    )
+    return query, key, value
+
+
+def alone(
+    query: Tensor, key: Tensor, value: Tensor, places: Tensor, scale: float, softcap: float | None, window: int | None
+) -> Tensor:
+    """[L, heads, D] attention of one history, head by head, token by token."""
+    outputs = []
+    for t in range(len(places)):
+        first = 0 if window is None else max(0, t + 1 - window)
+        seen = places[first : t + 1]
+        for head in range(HEADS):
+            other = head * KEY_HEADS // HEADS
+            logits = key[0, other, seen] @ query[0, head, places[t]] * scale
+            logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+            outputs.append(logits.softmax(0) @ value[0, other, seen])
+    return torch.stack(outputs).view(len(places), HEADS, SIZE)
+
+
+def compare(
+    kernel: Callable[..., Tensor], row: PackedRow, places: list[Tensor], *, gradient: bool, **asked: Any
+) -> None:
+    """A kernel's outputs, and gradients, against those of histories alone."""
+    query, key, value = (heads.requires_grad_(gradient) for heads in heads_of(row))
+    ours = kernel(query, key, value, row, scale=0.3, **asked)
+    assert ours.shape == (1, row.length, HEADS, SIZE)
+    weights = [torch.cos(torch.arange(len(own) * HEADS * SIZE)).view(-1, HEADS, SIZE) for own in places]
+    window, softcap = asked.get("window"), asked.get("softcap")
+    theirs = [alone(query, key, value, own, 0.3, softcap, window) for own in places]
+    for own, expected in zip(places, theirs, strict=True):
+        assert torch.allclose(ours[0, own], expected, rtol=0, atol=1e-12)
+    if gradient:
+        together = sum((ours[0, own] * weight).sum() for own, weight in zip(places, weights, strict=True))
+        apart = sum((expected * weight).sum() for expected, weight in zip(theirs, weights, strict=True))
+        for left, right in zip(
+            torch.autograd.grad(together, (query, key, value)),
+            torch.autograd.grad(apart, (query, key, value)),
+            strict=True,
+        ):
+            assert torch.allclose(left, right, rtol=0, atol=1e-12)
+
+
+windows = st.sampled_from([None, 1, 2, 3, 7])
+softcaps = st.sampled_from([None, 0.7])
+
+
+@given(trees(max_trajectories=4, max_histories=2), st.sampled_from(["packed", "shared"]), windows, softcaps)
+def test_a_dense_mask_keeps_histories_apart(samples: list[Sample], layout: str, window: Any, softcap: Any) -> None:
+    row, places = row_of(samples, layout)
+
+    compare(attention.dense_attention, row, places, gradient=True, window=window, softcap=softcap)
+
+
+@given(trees(max_trajectories=4, max_histories=2), windows, softcaps)
+def test_flex_attention_keeps_histories_apart(samples: list[Sample], window: Any, softcap: Any) -> None:
+    """Not compiled, so that no compiler stands between the definition and the test; it has no backward on a CPU."""
+    row, places = row_of(samples, multiple_of=BLOCK)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "_compiled_flex_attention", lambda: flex_attention)
+        compare(attention.flex_attention, row, places, gradient=False, window=window, softcap=softcap)
+
+
+@given(trees(max_trajectories=4, max_histories=2), windows, st.sampled_from([1, BLOCK]))
+def test_lengths_say_where_histories_are(samples: list[Sample], window: int | None, multiple_of: int) -> None:
+    """The flash kernel needs a GPU: what it is asked for, computed by a loop over the lengths."""
+    row, places = row_of(samples, "packed", multiple_of)
+
+    def by_lengths(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        begin: Tensor,
+        begin_k: Tensor,
+        longest: int,
+        longest_k: int,
+        **asked: Any,
+    ) -> Tensor:
+        assert begin is begin_k and longest == longest_k == int(begin.diff().max())
+        assert begin.dtype == torch.int32 and int(begin[-1]) == len(query)
+        left, right = asked["window_size"]
+        assert right == 0 and asked.get("enable_gqa", True)
+        heads = [heads.transpose(0, 1)[None] for heads in (query, key, value)]
+        spans = [torch.arange(a, b) for a, b in zip(begin[:-1].tolist(), begin[1:].tolist(), strict=True)]
+        width = None if left == -1 else left + 1
+        return torch.cat([alone(*heads, span, asked["scale"], None, width) for span in spans])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.nn.attention.varlen.varlen_attn", by_lengths)
+        compare(attention.length_attention, row, places, gradient=False, window=window)
+
+
+@given(trees(max_histories=2), st.sampled_from([None, 2, 100, 200]), st.integers(1, 90))
+def test_block_masks_are_those_of_the_dense_mask(samples: list[Sample], window: int | None, stretch: int) -> None:
+    longer = [  # so that there are blocks
+        [[i for i in history.token_ids.tolist() for _ in range(stretch)] for history in one.histories]
+        for one in samples
+    ]
+    samples = [sample(*(token_history(ids, [0] + [1] * (len(ids) - 1)) for ids in histories)) for histories in longer]
+    row, _ = row_of(samples, multiple_of=BLOCK)
+    dense = row.dense(window).view(row.length // BLOCK, BLOCK, -1, BLOCK)
+
+    some, whole = _visible_blocks(row.ends, row.position_ids[0], window)
+    blocks = row.blocks(window)
+
+    holds, full = dense.any(3).any(1), dense.all(3).all(1)
+    if window is None:
+        assert torch.equal(some, holds) and torch.equal(whole, full)
+    assert not (holds & ~some).any() and not (whole & ~full).any()
+    assert torch.equal(blocks.to_dense()[0, 0].bool(), some)
+    assert blocks is row.blocks(window)  # made once
+
+
+def test_a_window_that_hides_nothing_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    row, _ = row_of([sample(token_history(range(9), [0] * 8 + [1]))])
+    asked = []
+    monkeypatch.setattr(attention, "dense_attention", lambda *heads, **options: asked.append(options["window"]))
+    for window in (7, 8, 4096):
+        attention.attend(*heads_of(row), row, scale=1.0, window=window)
+    assert asked == [7, None, None]
+
+
+def test_flex_attention_is_not_compiled_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(flex_attention, dynamic=True, backend=counter)
+    monkeypatch.setattr(attention, "_compiled_flex_attention", lambda: compiled)
+    counts, lengths = [], []
+    for number in range(20):
+        prompt = list(range(100 + 53 * number))
+        samples = [
+            sample(token_history([*prompt, i, i, i], [0] * (len(prompt) + 2) + [1])) for i in range(2 + number % 5)
+        ]
+        row, _ = row_of(samples, multiple_of=BLOCK)
+        attention.flex_attention(*heads_of(row, dtype=torch.float32), row, scale=0.3)
+        counts.append(counter.frame_count)
+        lengths.append(row.length)
+    assert len(set(lengths)) >= 8
+    assert counts[-1] <= 2  # sizes that happen to be equal in the first batch may take a second time
+    torch._dynamo.reset()
+
+
+def test_autocast_reaches_packed_attention() -> None:
+    """Rotary embeddings leave queries in float32 beside values in bfloat16."""
+    row, _ = row_of([sample(token_history(range(9), [0] * 8 + [1]))])
+    query, key, value = heads_of(row, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for softcap in (None, 2.0):
+            out = attention.attend(query, key, value.bfloat16(), row, scale=0.3, softcap=softcap)
+            assert out.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("asked", [{"s_aux": torch.zeros(4)}, {"position_bias": torch.zeros(1)}, {"dropout": 0.1}])
+def test_what_packed_attention_lacks_is_refused(asked: dict[str, Any]) -> None:
+    row, _ = row_of([sample(token_history(range(9), [0] * 8 + [1]))])
+    with pytest.raises(UnsupportedError, match="layout='padded'"):
+        attention._attend_as_asked(torch.nn.Module(), *heads_of(row), row, asked)
+    attention._attend_as_asked(torch.nn.Module(), *heads_of(row), row, {"s_aux": None, "dropout": 0.0})
+
+
+def test_torch_has_the_flash_kernel_that_is_asked_for() -> None:
+    from torch.nn.attention.varlen import varlen_attn
+
+    names = list(inspect.signature(varlen_attn).parameters)
+    assert names[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+    assert {"scale", "window_size"} <= set(names)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("layout", ["packed", "shared"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (50, None), (None, 2.0), (50, 2.0)])
+def test_gpu_kernels_compute_what_the_dense_mask_does(
+    layout: str, dtype: torch.dtype, window: Any, softcap: Any
+) -> None:
+    prompt = list(range(200))
+    samples = [
+        sample(token_history([*prompt, *[i] * (20 + 30 * i)], [0] * 200 + [1] * (20 + 30 * i))) for i in range(6)
+    ]
+    [batch] = pack(samples, layout=layout)  # type: ignore[arg-type]
+    row = PackedRow(batch.to("cuda").model_inputs, multiple_of=BLOCK)
+    query, key, value = (heads.cuda() for heads in heads_of(row))
+    weight = torch.randn(1, row.length, HEADS, SIZE, device="cuda", dtype=torch.float64)
+    results = []
+    for kernel, kind in ((attention.dense_attention, torch.float64), (attention.attend, dtype)):
+        leaves = [heads.to(kind).requires_grad_() for heads in (query, key, value)]
+        out = kernel(*leaves, row, scale=0.3, window=window, softcap=softcap)
+        results.append([out, *torch.autograd.grad((out.double() * weight).sum(), leaves)])
+    for exact, ours in zip(*results, strict=True):
+        error = float((exact - ours.double()).norm() / exact.norm())
+        assert error < (1e-2 if dtype == torch.bfloat16 else 1e-3)
