@@ -218,8 +218,9 @@ def test_torch_has_the_flash_kernel_that_is_asked_for() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (50, None), (None, 2.0), (50, 2.0)])
 def test_gpu_kernels_compute_what_the_dense_mask_does(
-    layout: str, dtype: torch.dtype, window: Any, softcap: Any
+    layout: str, dtype: torch.dtype, window: Any, softcap: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(attention, "GPU_KERNELS", True)
     prompt = list(range(200))
     samples = [
         sample(token_history([*prompt, *[i] * (20 + 30 * i)], [0] * 200 + [1] * (20 + 30 * i))) for i in range(6)

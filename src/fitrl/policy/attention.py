@@ -7,6 +7,7 @@ row's histories would alone; everything else, padded batches and sampling with a
 | where                                                 | kernel                                      |
 |-------------------------------------------------------|---------------------------------------------|
 | CPU; float64; heads of fewer than 16 numbers          | a dense mask: the reference                 |
+| CUDA, as long as `GPU_KERNELS` is off                 | a dense mask                                |
 | CUDA, 16-bit, nothing shared, logits not soft-capped  | flash attention over lengths                |
 | CUDA otherwise                                        | FlexAttention, compiled once for all shapes |
 """
@@ -31,6 +32,8 @@ from fitrl.policy.packed_row import PackedRow
 _BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _STOCK = ("sdpa", "eager")
 _PREFIX = "fitrl_"
+# off until `benchmarks/attention.py`, which turns it on for itself, has held the two kernels to the dense mask on a GPU
+GPU_KERNELS = False
 # what some models add to the logits or to the softmax; none of the kernels here does
 _UNKNOWN = ("s_aux", "position_bias", "head_mask")
 
@@ -45,7 +48,7 @@ def attention_kernels(device: torch.device) -> AbstractContextManager[None]:
 
 def skips_hidden_keys(device: torch.device) -> bool:
     """Whether attention over a packed row costs only what is in sight, instead of everything before a token."""
-    return device.type == "cuda"
+    return GPU_KERNELS and device.type == "cuda"
 
 
 def keep_soft_caps(network: Any) -> None:
@@ -151,7 +154,8 @@ def attend(
     if window is not None and window >= row.longest:
         window = None  # it hides nothing
     size = query.shape[-1]
-    if query.device.type != "cuda" or query.dtype == torch.float64 or min(size, value.shape[-1]) < 16:
+    on_gpu = GPU_KERNELS and query.device.type == "cuda"
+    if not on_gpu or query.dtype == torch.float64 or min(size, value.shape[-1]) < 16:
         return dense_attention(query, key, value, row, scale=scale, softcap=softcap, window=window)
     flash = query.dtype in (torch.bfloat16, torch.float16) and size == value.shape[-1] and size <= 256 and size % 8 == 0
     if flash and softcap is None and row.boundaries is not None:
