@@ -317,13 +317,18 @@ def test_a_reward_that_raises_is_named_with_its_line(config, capsys) -> None:
     sys.modules.pop("fitrl_broken_reward")
 
 
-def test_interrupted_says_how_to_go_on(config, capsys, monkeypatch) -> None:
+@pytest.mark.parametrize("learned", [True, False])
+def test_interrupted_says_how_to_go_on(learned, config, capsys, monkeypatch) -> None:
     def stop(cli):
+        if learned:
+            (cli.model.run_dir / "checkpoints" / "0001").mkdir(parents=True)
+            cli.model.checkpoints = lambda: [cli.model.run_dir / "checkpoints" / "0001"]
         raise KeyboardInterrupt
 
     monkeypatch.setattr("fitrl.cli.fit_rl.learn", stop)
     fit("--config", "x.yaml", status=130)
-    assert re.search(r"interrupted; go on with: fitrl fit_rl --resume .*adder-", capsys.readouterr().err)
+    told = "interrupted; go on with: fitrl fit_rl --resume .*adder-" if learned else "before anything was learned"
+    assert re.search(told, capsys.readouterr().err)
 
 
 def test_the_backend_is_the_command_lines_or_the_last_files(tmp_path) -> None:

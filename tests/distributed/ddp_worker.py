@@ -142,7 +142,15 @@ def rollouts(root: Path) -> dict[str, Any]:
         seen["unseeded"] = [group.to_json() for group in unseeded]
         result = trainer.fit_rl(model, groups, learning_rate=1e-3)
         seen["logged"] = model.log(groups, metrics={"loss": result.metrics["loss/train"]}, step=result.step)
-        asyncio.run(trainer.fit_rl_async(model, groups, learning_rate=1e-3))
+
+        async def both() -> None:
+            """Rollouts on this thread beside a call on the trainer's: each rank may be first at either."""
+            more = fitrl.rollout_async(
+                trainer.sampler(model), TASKS[:2], reward=correct, group_size=2, max_new_tokens=2, seed=4
+            )
+            await asyncio.gather(more, trainer.fit_rl_async(model, groups, learning_rate=1e-3))
+
+        asyncio.run(both())
         seen["step"], seen["weights"] = trainer.global_step, digest(trainer)
         try:
             new_trainer(precision="32-true").open(fitrl.TrainableModel("rollouts", "ddp", "tiny", lora=None, root=root))

@@ -84,6 +84,12 @@ def test_translation() -> None:
         (fitrl.TrainConfig(), {"kl_ref_adapter_path": "a"}, "no effect"),
         (fitrl.TrainConfig(beta=0.1, kl_penalty_coef=0.1), {}, "one KL"),
         (fitrl.TrainConfig(), {"epsilonn": 1}, "epsilonn"),
+        (
+            fitrl.TrainConfig(grad_accumulation_sequences=2),
+            {},
+            "grad_accumulation_sequences.*max_tokens_per_microbatch",
+        ),
+        (fitrl.TrainConfig(optimizer_save_interval=5), {}, "optimizer_save_interval.*save_checkpoint"),
     ],
 )
 def test_what_has_no_counterpart_is_refused(config, options, said) -> None:

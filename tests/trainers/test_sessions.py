@@ -13,6 +13,7 @@ import lightning
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 import fitrl
 from fitrl.demo import TASKS, correct
@@ -305,3 +306,17 @@ def test_limits_that_leave_out_microbatches_are_refused(limit, model) -> None:
         pytest.raises(InvalidArgumentError, match="would leave out microbatches"),
     ):
         trainer.fit_rl(model, make_groups(seed=1))
+
+
+def test_what_validation_told_can_be_monitored(model, tmp_path) -> None:
+    best = ModelCheckpoint(dirpath=tmp_path / "best", monitor="val/reward/mean", mode="max")
+    stop = EarlyStopping(monitor="val/reward/mean", mode="max", patience=1, min_delta=10.0)
+    data = fitrl.RolloutDataModule(TASKS, correct, val_tasks=TASKS[:4], max_new_tokens=4)
+    with fitrl.LocalTrainer(**CPU, callbacks=[best, stop]) as trainer:
+        trainer.open(model)
+        for seed in (1, 2):
+            [told] = trainer.validate(datamodule=data, verbose=False)
+            trainer.fit_rl(model, make_groups(seed=seed), learning_rate=1e-4)
+            assert float(trainer.callback_metrics["val/reward/mean"]) == pytest.approx(told["val/reward/mean"])
+        assert trainer.should_stop  # nothing got better by ten
+    assert best.best_model_path

@@ -1,6 +1,7 @@
 """Several processes as one: what the ranks of a `torchrun` job tell each other, as text.
 
-Every function is a collective: all ranks call it, in the same order. With one process each returns at once.
+Every function is a collective: all ranks call it, in the same order. With one process each returns at once. Rollouts have
+a group of their own: they may run on one thread beside a call of `fit_rl` on another, and two threads have no order.
 """
 
 from __future__ import annotations
@@ -16,6 +17,14 @@ from torch import Tensor
 from fitrl.errors import RankError
 
 _T = TypeVar("_T")
+_rollouts: dist.ProcessGroup | None = None
+
+
+def connect() -> None:
+    """Make what the ranks need beside the group that a strategy made; once, and again at no cost."""
+    global _rollouts
+    if world_size() > 1 and _rollouts is None:
+        _rollouts = dist.new_group(backend="gloo")
 
 
 def world_size() -> int:
@@ -28,19 +37,21 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
-def collect(text: str) -> list[str]:
-    """Everyone's text, by rank."""
+def collect(text: str, *, of_rollouts: bool = False) -> list[str]:
+    """Everyone's text, by rank; over the rollouts' own group if asked for."""
     if world_size() == 1:
         return [text]
-    own = torch.frombuffer(bytearray(text.encode()) or bytearray(1), dtype=torch.uint8).to(_device())
+    group = _rollouts if of_rollouts else None
+    device = torch.device("cpu") if group is not None else _device()
+    own = torch.frombuffer(bytearray(text.encode()) or bytearray(1), dtype=torch.uint8).to(device)
     length = torch.tensor([len(text.encode())], device=own.device)
     lengths = [torch.empty_like(length) for _ in range(world_size())]
-    dist.all_gather(lengths, length)
+    dist.all_gather(lengths, length, group=group)
     sizes = [int(size) for size in lengths]
     padded = torch.zeros(max(1, *sizes), dtype=torch.uint8, device=own.device)
     padded[: sizes[rank()]] = own[: sizes[rank()]]
     parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
+    dist.all_gather(parts, padded, group=group)
     return [bytes(part[:size].cpu().numpy()).decode() for part, size in zip(parts, sizes, strict=True)]
 
 
@@ -86,7 +97,7 @@ def first(work: Callable[[], _T]) -> _T:
     return result
 
 
-def settle(failure: Exception | None) -> None:
+def settle(failure: Exception | None, *, of_rollouts: bool = False) -> None:
     """Compare how something went on every rank, so that none waits for one that failed.
 
     Raises:
@@ -94,7 +105,7 @@ def settle(failure: Exception | None) -> None:
     """
     if failure is not None and world_size() == 1:
         raise failure
-    said = collect("" if failure is None else f"{type(failure).__name__}: {failure}")
+    said = collect("" if failure is None else f"{type(failure).__name__}: {failure}", of_rollouts=of_rollouts)
     if failure is not None:
         raise failure
     others = [f"rank {number}: {text}" for number, text in enumerate(said) if text]

@@ -39,11 +39,19 @@ class TrainConfig:
         learning_rate: of AdamW.
         beta: weight of the k3 KL to the base model, in the loss.
         kl_penalty_coef: weight of the KL to the reference, in the advantages.
+        kl_penalty_source: refused, with what to use instead; so are the following.
+        grad_accumulation_sequences: refused.
+        optimizer_save_interval: refused.
+        final_training_step: refused.
     """
 
     learning_rate: float = 5e-6
     beta: float = 0.0
     kl_penalty_coef: float = 0.0
+    kl_penalty_source: str | None = None
+    grad_accumulation_sequences: int | None = None
+    optimizer_save_interval: int | None = None
+    final_training_step: int | None = None
 
 
 @runtime_checkable
@@ -59,7 +67,8 @@ def translate(config: TrainConfig, options: Mapping[str, Any] | None = None) -> 
     Raises:
         InvalidArgumentError: an option that `fit_rl` has no argument for; the message names what to use instead.
     """
-    given = {name: value for name, value in (options or {}).items() if value is not None}
+    refused = {name: getattr(config, name) for name in _INSTEAD if getattr(config, name, None) is not None}
+    given = {name: value for name, value in (refused | dict(options or {})).items() if value is not None}
     arguments: dict[str, Any] = {"learning_rate": config.learning_rate}
     arguments |= {name: given.pop(name) for name in _SAME if name in given}
     if (tokens := given.pop("packed_sequence_length", None)) is not None:
@@ -77,7 +86,7 @@ def translate(config: TrainConfig, options: Mapping[str, Any] | None = None) -> 
     if given:
         name = sorted(given)[0]
         instead = f"; use {_INSTEAD[name]}" if name in _INSTEAD else ""
-        raise InvalidArgumentError(f"_config[{name!r}]={given[name]!r} has no counterpart in fit_rl{instead}")
+        raise InvalidArgumentError(f"{name}={given[name]!r} has no counterpart in fit_rl{instead}")
     return arguments
 
 
@@ -117,6 +126,7 @@ class OlderCalls(ABC):
         groups: Iterable[TrajectoryGroup],
         config: TrainConfig = TrainConfig(),  # noqa: B008 - frozen
         _config: Mapping[str, Any] | None = None,
+        verbose: bool = False,
     ) -> Any:
         """Train on groups with the registered trainer, and log them. Deprecated: see `fit_rl` and `log`.
 
@@ -130,7 +140,7 @@ class OlderCalls(ABC):
         """
         if self._registered is None:
             raise SessionError("no trainer is registered: call trainer.fit_rl(model, groups), or model.register first")
-        arguments = translate(config, _config)
+        arguments = translate(config, _config) | ({"verbose": True} if verbose else {})
         spelled = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
         warnings.warn(
             f"model.train(groups, ...) is deprecated: write result = trainer.fit_rl(model, groups, {spelled}); "

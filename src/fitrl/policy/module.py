@@ -89,6 +89,7 @@ class PolicyModule(lightning.LightningModule):
         self.reward_history: list[tuple[int, float]] = []
         self.call_metrics: dict[str, float] = {}
         self.host_metrics: dict[str, float] = {}
+        self.validated: dict[str, Tensor] = {}  # what the last validation told, for callbacks that monitor it
         self.clock: tuple[float, float] | None = None  # start of the running call, tokens that it learns from
         self._observed: list[dict[str, float]] = []
         self.last_grad_norm: Tensor | None = None
@@ -378,6 +379,7 @@ class PolicyModule(lightning.LightningModule):
         self._observed.clear()
         # these are Python floats that are reduced already; Module.log would make a metric object of each, every call
         trainer = self.trainer
+        trainer.callback_metrics.update(self.validated)
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.call_metrics.items()})
         shown = ("reward/mean", "loss/train", "mismatch/kl", "throughput/tokens_per_s")
         trainer.progress_bar_metrics.update(

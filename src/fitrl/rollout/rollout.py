@@ -194,7 +194,9 @@ async def rollout_async(
 
     tasks = list(tasks)
     if seed is None and ranks.world_size() > 1:
-        seed = int(ranks.collect(str(int(torch.randint(2**40, ()))))[0])  # ranks may have drawn the same numbers so far
+        seed = int(
+            ranks.collect(str(int(torch.randint(2**40, ()))), of_rollouts=True)[0]
+        )  # ranks may have drawn the same numbers so far
 
     async def attempt(task: Task, number: int) -> Trajectory:
         chat = Chat(
@@ -229,8 +231,8 @@ async def _exchanged(attempts: Awaitable[list[TrajectoryGroup]], num_groups: int
         text = "\n".join(group.to_json() for group in await attempts)
     except Exception as error:
         failure = error
-    ranks.settle(failure)
-    by_rank = [said.splitlines() for said in ranks.collect(text)]
+    ranks.settle(failure, of_rollouts=True)
+    by_rank = [said.splitlines() for said in ranks.collect(text, of_rollouts=True)]
     size = ranks.world_size()
     return [TrajectoryGroup.from_json(by_rank[index % size][index // size]) for index in range(num_groups)]
 

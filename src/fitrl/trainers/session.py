@@ -158,6 +158,7 @@ class SessionTrainer(lightning.Trainer):
         self.verbs.keep_alive = True
         try:
             self.strategy.setup_environment()
+            ranks.connect()
             self._interrupts.watch()
             ranks.first(lambda: self._take(model))
             _compat.attach(self, module)
@@ -199,10 +200,17 @@ class SessionTrainer(lightning.Trainer):
         datamodule: lightning.LightningDataModule | None = None,
         weights_only: bool | None = None,
     ) -> Any:
-        """Lightning's `validate`; without a model it validates the open one as it is now, not a checkpoint of it."""
+        """Lightning's `validate`; without a model it validates the open one as it is now, not a checkpoint of it.
+
+        What it reports can be monitored (EarlyStopping, ModelCheckpoint) at the end of the next call, until it is
+        validated again; a callback that monitors it needs a validation before the first call.
+        """
         if model is None and ckpt_path is None and self._session is not None:
             model = self._session.module
-        return super().validate(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+        found = super().validate(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+        if self._session is not None and self.lightning_module is self._session.module:
+            self._session.module.validated = dict(self.callback_metrics)
+        return found
 
     def close(self) -> None:
         """Tear down and free the device. What was not saved is gone: `fit_rl` saves unless told not to."""
