@@ -1,9 +1,9 @@
 """Several processes as one: what the ranks of a `torchrun` job tell each other, as text.
 
 Every function is a collective: all ranks call it, in the same order. With one process each returns at once. Rollouts
-Every function is a collective: all ranks call it, in the same order. With one process each returns at once. Rollouts
 have a group of their own: they may run on one thread beside a call of `fit_rl` on another, and two threads of a rank
 have no order.
+"""
 
 from __future__ import annotations
 
