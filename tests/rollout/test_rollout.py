@@ -1,6 +1,7 @@
 """`rollout`: tasks to groups, with any reward and agent."""
 
 import asyncio
+import threading
 
 import pytest
 
@@ -315,3 +316,24 @@ def test_a_blocking_rollout_is_answered_while_the_outer_loop_has_a_request_waiti
 
     [group], outer = asyncio.run(notebook())
     assert len(group) == len(outer) == 1
+
+
+def test_a_cancelled_caller_ends_its_rollouts() -> None:
+    """As Ctrl-C does under asyncio.run, while the caller's thread waits for rollouts on another."""
+    ended = []
+
+    async def endless() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(threading.current_thread().name)
+
+    async def main() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        run_blocking(endless())
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(main())
+    assert ended == ["fitrl-rollout"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+import contextlib
 import inspect
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 Task: TypeAlias = Any
 Reward: TypeAlias = Callable[[Any, Trajectory], "float | Awaitable[float]"]
 _T = TypeVar("_T")
+_LISTEN_S = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,18 +272,35 @@ def run_blocking(work: Coroutine[Any, Any, _T]) -> _T:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(work)
+    caller = asyncio.current_task()
     outcome: list[_T] = []
     failure: list[BaseException] = []
+    inner: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[_T]]] = []
+
+    async def tracked() -> _T:
+        task = asyncio.create_task(work)
+        inner.append((asyncio.get_running_loop(), task))
+        return await task
 
     def target() -> None:
         try:
-            outcome.append(asyncio.run(work))
+            outcome.append(asyncio.run(tracked()))
         except BaseException as error:
             failure.append(error)
 
     thread = threading.Thread(target=target, name="fitrl-rollout")
     thread.start()
-    thread.join()
+    try:
+        while thread.is_alive():
+            thread.join(_LISTEN_S)
+            if caller is not None and caller.cancelling():  # Ctrl-C under asyncio.run, which this thread holds up
+                raise asyncio.CancelledError
+    except BaseException:
+        for loop, task in inner:
+            with contextlib.suppress(RuntimeError):  # it has just ended
+                loop.call_soon_threadsafe(task.cancel)
+        thread.join()
+        raise
     if failure:
         raise failure[0]
     return outcome[0]
