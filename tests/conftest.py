@@ -47,8 +47,8 @@ _ALLOWED_ENVIRONMENT = {
 }
 # threads that libraries keep for the life of the process, once they are first used
 _ALLOWED_THREADS = ("tqdm_monitor", "InductorSubproc", "pin_memory")
-# processes that libraries keep likewise: a compiler's, and MPI's where it is installed
-_ALLOWED_PROCESSES = ("compile_worker", "orted")
+# processes that libraries keep likewise: a compiler's, and MPI's daemon where it is installed
+_COMPILER, _MPI = "compile_worker", "orted"
 _GRACE_S = 5.0
 
 
@@ -96,7 +96,7 @@ def nothing_left_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
     running = [thread.name for thread in left if thread.is_alive()]
     me = psutil.Process()
     children = {child: _command(child) for child in me.children(recursive=True)}
-    ours = [child for child, line in children.items() if line and not any(name in line for name in _ALLOWED_PROCESSES)]
+    ours = [child for child, line in children.items() if line and _COMPILER not in line and line.split()[0] != _MPI]
     _, alive = psutil.wait_procs(ours, timeout=_GRACE_S)
     processes = [children[child] for child in alive]
     for child in alive:

@@ -129,8 +129,17 @@ class TrainableModel(OlderCalls):
 
     def _delete_checkpoints(self, best: str | None, mode: str) -> list[str]:
         steps = {step: path for step, path in list_checkpoints(self.checkpoints_dir) if path.name == f"{step:04d}"}
-        steps = {step: path for step, path in steps.items() if is_whole(path)}  # no other is worth keeping for
-        keep = {max(steps)} if steps else set()
+        seen: dict[int, bool] = {}  # the steps whose files were read: those that could be kept
+
+        def first_whole(order: list[int]) -> int | None:
+            for step in order:
+                if step not in seen:
+                    seen[step] = is_whole(steps[step])
+                if seen[step]:
+                    return step
+            return None
+
+        keep = {first_whole(sorted(steps, reverse=True))}
         if best is not None:
             logged: dict[int, dict[str, float]] = {}
             for entry in self.history():
@@ -144,8 +153,11 @@ class TrainableModel(OlderCalls):
                     f"{', '.join(known) or 'no metrics'}"
                 )
             sign = 1 if mode == "max" else -1
-            keep.add(max(values, key=lambda step: (sign * values[step], step)))
-        doomed = [path for step, path in steps.items() if step not in keep]
+            keep.add(first_whole(sorted(values, key=lambda step: (sign * values[step], step), reverse=True)))
+        if keep == {None}:
+            return []  # nothing whole would be left
+        # what was found damaged is left for a person to look at
+        doomed = [path for step, path in steps.items() if step not in keep and seen.get(step, True)]
         for path in doomed:
             remove(path)
         return [str(path) for path in doomed]

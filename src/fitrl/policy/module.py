@@ -376,6 +376,8 @@ class PolicyModule(lightning.LightningModule):
             self.clock = None
             seconds = time.perf_counter() - start
             self.call_metrics |= {"time/train_s": seconds, "throughput/tokens_per_s": tokens / seconds}
+            if self.device.type == "cuda":
+                self.call_metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         self._observed.clear()
         # these are Python floats that are reduced already; Module.log would make a metric object of each, every call
         trainer = self.trainer

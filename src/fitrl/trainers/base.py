@@ -213,8 +213,6 @@ class RLTrainer(SessionTrainer):
                 session.model.step = self.global_step
                 self._publish()
         module.reward_history = history
-        if device.type == "cuda":
-            module.call_metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
         if settings.plot_tensors:
             path = session.model.run_dir / "plots" / f"{self.global_step:04d}.png"
             plot_batches(plan.batches[: plan.accumulate], path)

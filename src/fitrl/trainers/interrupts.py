@@ -112,8 +112,10 @@ class Interrupts(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Stop after this step, if anyone was told to."""
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and self.agree():
+        """Stop after this step, if anyone was told to; after the last one the call itself asks."""
+        done = batch_idx + 1
+        is_between = done % trainer.accumulate_grad_batches == 0 and done < trainer.num_training_batches
+        if is_between and self.agree():
             trainer.should_stop = True
 
     def _handler(self, number: signal.Signals) -> Any:
