@@ -2,8 +2,8 @@
 
 Both start from the same groups and do the same: read token ids and logprobs, compute advantages, pad, one forward and
 backward pass of CISPO, the gradient's norm, one AdamW step. The loop does nothing else. Calls alternate, so that both
-see the same machine. For that `fit_rl` is kept from sharing prefixes, which the loop does not do; what a call takes with
-sharing, as users have it, is a row of its own.
+see the same machine. For that `fit_rl` is kept from sharing prefixes, which the loop does not do; what a call takes
+with sharing, as users have it, is a row of its own.
 
     python benchmarks/step_overhead.py [--calls 20] [--output benchmarks/results]
 """
