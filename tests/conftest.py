@@ -43,10 +43,11 @@ _ALLOWED_ENVIRONMENT = {
     "PYTEST_CURRENT_TEST",
     "TORCHINDUCTOR_CACHE_DIR",
     "TRITON_CACHE_DIR",
+    "TRITON_PTXAS_PATH",
     "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR",
 }
-# threads that libraries keep for the life of the process, once they are first used
-_ALLOWED_THREADS = ("tqdm_monitor", "InductorSubproc", "pin_memory")
+# threads that libraries keep for the life of the process, once they are first used; Dummy: not started by Python
+_ALLOWED_THREADS = ("tqdm_monitor", "InductorSubproc", "subproc_worker_timer", "pin_memory", "Dummy-")
 # processes that libraries keep likewise: a compiler's, and MPI's daemon where it is installed
 _COMPILER, _MPI = "compile_worker", "orted"
 _GRACE_S = 5.0

@@ -213,9 +213,11 @@ def flex_attention(
 ) -> Tensor:
     """`attend` with FlexAttention; the row's length is a multiple of 128."""
 
-    def cap(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        assert softcap is not None  # else there is nothing to do
-        return softcap * torch.tanh(score / softcap)
+    # a default and not a captured number: torch 2.11 makes a captured one a symbol, which its FlexAttention refuses
+    def cap(
+        score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor, limit: float = softcap or torch.inf
+    ) -> Tensor:
+        return limit * torch.tanh(score / limit)
 
     attended: Tensor = _compiled_flex_attention()(
         query,

@@ -28,7 +28,7 @@ class PackedRow:
 
     Args:
         inputs: a packed batch's.
-        multiple_of: fill up the row to a multiple of this with tokens that see only themselves and are seen by none.
+        multiple_of: fill up the row to a multiple of this, with tokens that none of the others see and nobody reads.
     """
 
     def __init__(self, inputs: ModelInputs, *, multiple_of: int = 1) -> None:
