@@ -65,7 +65,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder for attention.md and .json")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    attention.GPU_KERNELS = True
     torch.manual_seed(0)
     sizes = TINY if options.tiny else QWEN3
     scale = 64 if options.tiny else 1  # tokens are divided by this

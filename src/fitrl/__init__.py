@@ -18,7 +18,8 @@ from fitrl.objective.policy_loss import policy_loss
 from fitrl.policy.loading import LoraSettings, load_tokenizer
 from fitrl.policy.migration import TrainConfig
 from fitrl.policy.model import TrainableModel
-from fitrl.policy.module import AdamWSettings, PolicyModule
+from fitrl.policy.module import PolicyModule
+from fitrl.policy.optimizers import AdamWSettings
 from fitrl.protocols.results import LocalTrainResult, TrainResult
 from fitrl.protocols.verbs import ExportsWeights, PolicyTrainer, Scores, SupportsFitRL, Trains
 from fitrl.rollout.datamodule import RolloutDataModule

@@ -53,6 +53,10 @@ class NonFiniteGradientError(FitRLError, ArithmeticError):
     """A gradient was infinite or NaN; the message names the step."""
 
 
+class OutOfMemoryError(FitRLError, MemoryError):
+    """A microbatch does not fit into the device's memory and cannot be made smaller."""
+
+
 class SessionError(FitRLError, RuntimeError):
     """The trainer has no open model, or the open one cannot do what was asked."""
 

@@ -23,6 +23,7 @@ from helpers import sample, token_history
 from trees import trees
 
 HEADS, KEY_HEADS, SIZE = 4, 2, 16
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def row_of(samples: list[Sample], layout: str = "shared", multiple_of: int = 1) -> tuple[PackedRow, list[Tensor]]:
@@ -133,7 +134,7 @@ def test_lengths_say_where_histories_are(samples: list[Sample], window: int | No
         return torch.cat([alone(*heads, span, asked["scale"], None, width) for span in spans])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torch.nn.attention.varlen.varlen_attn", by_lengths)
+        patch.setattr(attention, "varlen_attn", by_lengths)
         compare(attention.length_attention, row, places, gradient=False, window=window)
 
 
@@ -213,14 +214,13 @@ def test_torch_has_the_flash_kernel_that_is_asked_for() -> None:
     assert {"scale", "window_size"} <= set(names)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@GPU
 @pytest.mark.parametrize("layout", ["packed", "shared"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (50, None), (None, 2.0), (50, 2.0)])
 def test_gpu_kernels_compute_what_the_dense_mask_does(
     layout: str, dtype: torch.dtype, window: Any, softcap: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "GPU_KERNELS", True)
     prompt = list(range(200))
     samples = [
         sample(token_history([*prompt, *[i] * (20 + 30 * i)], [0] * 200 + [1] * (20 + 30 * i))) for i in range(6)
@@ -239,3 +239,31 @@ def test_gpu_kernels_compute_what_the_dense_mask_does(
     for exact, ours in zip(*results, strict=True):
         error = float((exact - ours.double()).norm() / exact.norm())
         assert error < (1e-2 if dtype == torch.bfloat16 else 1e-3)
+
+
+def one_row(length: int, device: str = "cpu") -> PackedRow:
+    [batch] = pack([sample(token_history([i % 50 for i in range(length)], [0] + [1] * (length - 1)))], layout="packed")
+    inputs = batch.to(device).model_inputs
+    return PackedRow(inputs, multiple_of=attention.row_multiple(inputs))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_one_long_history_takes_the_kernel_for_one(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not one_row(300).is_one_long_history
+    monkeypatch.setattr("fitrl.policy.packed_row.LONG", 256)
+    row = one_row(300, device)
+    assert row.is_one_long_history and row.length == (299 if device == "cpu" else 304)
+    several, _ = row_of([sample(token_history(range(50), [0] + [1] * 49)) for _ in range(10)], "packed")
+    assert not several.is_one_long_history
+    kind = torch.float64 if device == "cpu" else torch.bfloat16
+    results = []
+    for kernel, dtype in (("dense_attention", torch.float64), ("attend", kind)):
+        leaves = [heads.to(device, dtype).requires_grad_() for heads in heads_of(row)]
+        if dtype == torch.float64 and kernel == "attend":
+            out = attention.causal_attention(*leaves, scale=0.3)
+        else:
+            out = getattr(attention, kernel)(*leaves, row, scale=0.3)
+        weight = torch.cos(torch.arange(299 * HEADS * SIZE, device=device)).view(1, 299, HEADS, SIZE)
+        results.append([out[:, :299], *torch.autograd.grad((out[:, :299].double() * weight).sum(), leaves)])
+    for exact, ours in zip(*results, strict=True):
+        assert float((exact - ours.double()).norm() / exact.norm()) < (1e-12 if device == "cpu" else 1e-2)

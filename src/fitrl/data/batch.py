@@ -6,7 +6,7 @@ one segment each, or, where histories begin alike, a tree of segments that holds
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar
 
@@ -112,11 +112,18 @@ class Batch:
         self.members = tuple(members)
         self.num_tokens_saved = num_tokens_saved
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
-        """Copy to a device; dtypes stay."""
+    def to(self, device: torch.device | str) -> Batch:
+        """Copy to a device; dtypes stay. What lies in page-locked memory is not waited for."""
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
+
+    def pin_memory(self) -> Batch:
+        """Copy to page-locked memory, from where a GPU copies while the program goes on."""
+        return self._mapped(Tensor.pin_memory)
+
+    def _mapped(self, copy: Callable[[Tensor], Tensor]) -> Batch:
         return Batch(
-            _to(self.model_inputs, device, non_blocking),
-            _to(self.loss_inputs, device, non_blocking),
+            _mapped(self.model_inputs, copy),
+            _mapped(self.loss_inputs, copy),
             measures_mismatch=self.measures_mismatch,
             members=self.members,
             num_tokens_saved=self.num_tokens_saved,
@@ -175,10 +182,10 @@ class Feed:
         return iter(self._batches)
 
 
-def _to(tensors: _Tensors, device: torch.device | str, non_blocking: bool) -> _Tensors:
-    moved: dict[str, Any] = {
-        field.name: value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
+def _mapped(tensors: _Tensors, copy: Callable[[Tensor], Tensor]) -> _Tensors:
+    mapped: dict[str, Any] = {
+        field.name: copy(value) if isinstance(value, Tensor) else value
         for field in fields(tensors)
         for value in [getattr(tensors, field.name)]
     }
-    return type(tensors)(**moved)
+    return type(tensors)(**mapped)

@@ -7,9 +7,12 @@ row's histories would alone; everything else, padded batches and sampling with a
 | where                                                 | kernel                                      |
 |-------------------------------------------------------|---------------------------------------------|
 | CPU; float64; heads of fewer than 16 numbers          | a dense mask: the reference                 |
-| CUDA, as long as `GPU_KERNELS` is off                 | a dense mask                                |
 | CUDA, 16-bit, nothing shared, logits not soft-capped  | flash attention over lengths                |
+| the same, one history of 8,192 tokens or more         | cuDNN's attention                           |
 | CUDA otherwise                                        | FlexAttention, compiled once for all shapes |
+
+All of it can be traced: a compiled decoder layer is one graph, its attention in the middle. So masks are made before
+the layers run, by `PackedRow.prepare`.
 """
 
 from __future__ import annotations
@@ -24,16 +27,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
+from fitrl.data.batch import ModelInputs
 from fitrl.errors import UnsupportedError
-from fitrl.policy.packed_row import PackedRow
+from fitrl.policy.packed_row import BLOCK, PackedRow, is_one_long_history
 
 _BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_LONG_BACKENDS = [SDPBackend.CUDNN_ATTENTION, *_BACKENDS]
 _STOCK = ("sdpa", "eager")
 _PREFIX = "fitrl_"
-# off until `benchmarks/attention.py`, which turns it on for itself, has held the two kernels to the dense mask on a GPU
-GPU_KERNELS = False
+# that there are fewer key heads than query heads; before torch 2.12 it is not
+_FLASH_IS_TOLD_OF_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 # what some models add to the logits or to the softmax; none of the kernels here does
 _UNKNOWN = ("s_aux", "position_bias", "head_mask")
 
@@ -46,9 +52,21 @@ def attention_kernels(device: torch.device) -> AbstractContextManager[None]:
     return sdpa_kernel(_BACKENDS) if device.type == "cuda" else nullcontext()
 
 
+def row_multiple(inputs: ModelInputs) -> int:
+    """What a packed row's length should be a multiple of on its device.
+
+    FlexAttention wants blocks. cuDNN compiles a plan for each new length, 0.15 s on an H100 against 0.15 s that it
+    saves 28 layers of 16,384 tokens each time, so a long history has one of sixteen lengths between two powers of two.
+    """
+    device, length = inputs.input_ids.device, inputs.input_ids.shape[1]
+    if device.type != "cuda":
+        return 1
+    return 1 << (length.bit_length() - 5) if is_one_long_history(inputs) else BLOCK
+
+
 def skips_hidden_keys(device: torch.device) -> bool:
     """Whether attention over a packed row costs only what is in sight, instead of everything before a token."""
-    return GPU_KERNELS and device.type == "cuda"
+    return device.type == "cuda"
 
 
 def keep_soft_caps(network: Any) -> None:
@@ -98,14 +116,10 @@ def _stock_attention(stock: str, module: Any) -> Callable[..., Any]:
     return found
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attend_as_asked(
     module: Any, query: Tensor, key: Tensor, value: Tensor, row: PackedRow, options: dict[str, Any]
 ) -> Tensor:
-    """Read what transformers' models ask of an attention function; returns [1, L, heads, D].
-
-    Not part of a compiled layer, which breaks in two around it: masks are made here for the other layers as well.
-    """
+    """Read what transformers' models ask of an attention function; returns [1, L, heads, D]."""
     asked = [name for name in _UNKNOWN if options.get(name) is not None]
     if asked or options.get("dropout") or options.get("is_causal") is False or key.shape[2] != row.length:
         raise UnsupportedError(
@@ -154,10 +168,11 @@ def attend(
     if window is not None and window >= row.longest:
         window = None  # it hides nothing
     size = query.shape[-1]
-    on_gpu = GPU_KERNELS and query.device.type == "cuda"
-    if not on_gpu or query.dtype == torch.float64 or min(size, value.shape[-1]) < 16:
+    if query.device.type != "cuda" or query.dtype == torch.float64 or min(size, value.shape[-1]) < 16:
         return dense_attention(query, key, value, row, scale=scale, softcap=softcap, window=window)
     flash = query.dtype in (torch.bfloat16, torch.float16) and size == value.shape[-1] and size <= 256 and size % 8 == 0
+    if flash and softcap is None and row.is_one_long_history and window is None:
+        return causal_attention(query, key, value, scale=scale)
     if flash and softcap is None and row.boundaries is not None:
         return length_attention(query, key, value, row, scale=scale, window=window)
     return flex_attention(query, key, value, row, scale=scale, softcap=softcap, window=window)
@@ -185,14 +200,20 @@ def dense_attention(
     return (weights @ value).transpose(1, 2)
 
 
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
+    """`attend` of a row with one history, without a window or a soft cap."""
+    groups = query.shape[1] != key.shape[1]
+    with sdpa_kernel(_LONG_BACKENDS, set_priority=True):
+        attended = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=groups)
+    return attended.transpose(1, 2)
+
+
 def length_attention(
     query: Tensor, key: Tensor, value: Tensor, row: PackedRow, *, scale: float, window: int | None = None
 ) -> Tensor:
     """`attend` with flash attention over segments that are given by their lengths."""
-    from torch.nn.attention.varlen import varlen_attn
-
     options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
-    if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # before torch 2.12 it need not be asked for
+    if _FLASH_IS_TOLD_OF_GROUPS:
         options["enable_gqa"] = query.shape[1] != key.shape[1]
     query, key, value = (heads[0].transpose(0, 1) for heads in (query, key, value))
     bounds = row.boundaries
@@ -212,6 +233,7 @@ def flex_attention(
     window: int | None = None,
 ) -> Tensor:
     """`attend` with FlexAttention; the row's length is a multiple of 128."""
+    from torch.nn.attention.flex_attention import flex_attention as plain
 
     # a default and not a captured number: torch 2.11 makes a captured one a symbol, which its FlexAttention refuses
     def cap(
@@ -219,7 +241,9 @@ def flex_attention(
     ) -> Tensor:
         return limit * torch.tanh(score / limit)
 
-    attended: Tensor = _compiled_flex_attention()(
+    any_plain: Any = plain
+    kernel = any_plain if torch.compiler.is_compiling() else _compiled_flex_attention()
+    attended: Tensor = kernel(
         query,
         key,
         value,
@@ -233,11 +257,24 @@ def flex_attention(
 
 @functools.cache
 def _compiled_flex_attention() -> Callable[..., Any]:
-    import torch._dynamo
     from torch.nn.attention.flex_attention import flex_attention as plain
 
-    # one graph each for precisions, windows, caps, with and without gradients; past the limit, by default 8, it would
-    # run uncompiled, which computes every pair of tokens
-    limit = max(64, torch._dynamo.config.recompile_limit)
-    torch._dynamo.config.recompile_limit = limit
+    allow_many_graphs()
     return torch.compile(plain, dynamic=True)
+
+
+def allow_many_graphs() -> None:
+    """Let one function have a graph each for layouts, precisions, windows, soft caps, with and without gradients.
+
+    Past the limit, by default 8, it would run uncompiled; FlexAttention then computes every pair of tokens.
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+
+
+def windows_of(network: Any) -> set[int | None]:
+    """Widths of the sliding windows that layers of a transformers model ask for; None: of those without."""
+    owners = [network.config.get_text_config(), *network.modules()]
+    found = {getattr(owner, "sliding_window", None) for owner in owners}
+    return {window for window in found if window is None or type(window) is int}

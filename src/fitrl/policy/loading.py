@@ -28,9 +28,9 @@ from fitrl.errors import (
     UnsupportedError,
 )
 from fitrl.objective.logprobs import linear_logits
-from fitrl.policy.attention import attention_kernels, skips_hidden_keys
+from fitrl.policy.attention import attention_kernels, row_multiple, skips_hidden_keys, windows_of
 from fitrl.policy.head import weight_and_bias
-from fitrl.policy.packed_row import BLOCK, PackedRow
+from fitrl.policy.packed_row import PackedRow
 from fitrl.policy.probing import probe
 
 if TYPE_CHECKING:
@@ -186,7 +186,8 @@ class Policy:
                 f"{type(self.causal_lm).__name__} mixes histories that share a {'prefix' if shared else 'row'}: use "
                 f"pack(..., {layouts})"
             )
-        row = PackedRow(inputs, multiple_of=BLOCK if self.skips_hidden_keys else 1)
+        row = PackedRow(inputs, multiple_of=row_multiple(inputs))
+        row.prepare(windows_of(self.causal_lm))
         return self._run(network, row.input_ids, row.position_ids, {"attention_mask": row.mask, "packed_row": row})
 
     @staticmethod

@@ -33,6 +33,7 @@ class RawTotals(Metric):
         self.names: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
         self.add_state("sums", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("maxima", torch.full((), -math.inf, dtype=torch.float64), dist_reduce_fx="max")
+        self.mark()
 
     def update(self, values: Mapping[str, Tensor]) -> None:
         """Add one microbatch's or step's scalars."""
@@ -65,6 +66,15 @@ class RawTotals(Metric):
         """Start the next call."""
         super().reset()
         self.names = ((), ())
+        self.mark()
+
+    def mark(self) -> None:
+        """Remember this moment; `update` makes new tensors, so nothing is copied."""
+        self._marked = (self.names, self.sums, self.maxima)
+
+    def rewind(self) -> None:
+        """Go back to the moment that was marked."""
+        self.names, self.sums, self.maxima = self._marked
 
 
 @dataclass(slots=True)
@@ -86,6 +96,16 @@ class CallTotals:
         for totals in (self.microbatches, self.mismatch, self.steps):
             totals.to(device)
             totals.reset()
+
+    def mark(self) -> None:
+        """Remember this moment: a step is complete."""
+        for totals in (self.microbatches, self.mismatch, self.steps):
+            totals.mark()
+
+    def rewind(self) -> None:
+        """Forget the microbatches of a step that was not completed."""
+        for totals in (self.microbatches, self.mismatch, self.steps):
+            totals.rewind()
 
     def compute(self) -> dict[str, float]:
         """Public metrics of the call, reduced over ranks."""

@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from fitrl.data.batch import Batch
@@ -25,34 +25,17 @@ from fitrl.objective.fused_linear import fused_linear_policy_loss
 from fitrl.objective.logprobs import linear_logprobs, logits_logprobs
 from fitrl.objective.objective import CustomObjective, LossInputs, Objective, PolicyLoss
 from fitrl.objective.policy_loss import policy_loss
+from fitrl.policy.layers import compile_layers, narrow_frozen_layers, recompute_layers
 from fitrl.policy.loading import Policy, load_policy, trained_state
 from fitrl.policy.metrics import CallTotals, derive, mismatch
 from fitrl.policy.model import TrainableModel
+from fitrl.policy.optimizers import AdamWSettings, adamw
 
 # operations that end a model and whose backward does not read what they returned: the gradient may take its place
 _KEEP_NO_RESULT = (
     *("AddmmBackward0", "MmBackward0", "UnsafeViewBackward0", "AddBackward0"),
     *("MulBackward0", "DivBackward0", "ToCopyBackward0"),
 )
-
-
-@dataclass(frozen=True, kw_only=True)  # no slots: the command line reads defaults with vars()
-class AdamWSettings:
-    """AdamW (Loshchilov and Hutter 2019) of a policy; the learning rate is an argument of `fit_rl`.
-
-    Attributes:
-        betas: decay of the two moments.
-        eps: added to the denominator.
-        weight_decay: 0, because a policy should stay near where it started, not near 0.
-    """
-
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not all(0.0 <= beta < 1.0 for beta in self.betas) or self.eps <= 0 or self.weight_decay < 0:
-            raise InvalidArgumentError(f"AdamW needs betas in [0, 1), eps > 0 and weight_decay >= 0, got {self}")
 
 
 class PolicyModule(lightning.LightningModule):
@@ -95,10 +78,13 @@ class PolicyModule(lightning.LightningModule):
         self.last_grad_norm: Tensor | None = None
         self._broken_at: Tensor | None = None  # the first step whose gradient was not finite; inf: none was
         self.last_loss: PolicyLoss | None = None
+        self.goes_on = False  # whether the next epoch is the rest of a call
+        self.is_updating = False  # whether the optimizer is changing the weights
         self.totals = CallTotals()
         self.network: nn.Module | None = None
         self.placeholder: nn.Parameter | None = None
-        self._compile = compile
+        self.compiles = compile
+        self.most_positions: int | None = None  # in a microbatch, once one with more did not fit
         self.activation_checkpointing = activation_checkpointing
         self._policy: Policy | None = None
         self._reference: tuple[object, Policy] | None = None
@@ -120,16 +106,19 @@ class PolicyModule(lightning.LightningModule):
             self.placeholder = nn.Parameter(torch.zeros(()))
             return
         policy = load_policy(self.model.base_model, self.model.lora)
-        network: Any = policy.network
+        precision = str(self.trainer.precision)
+        if precision in ("bf16-true", "16-true"):
+            rank_zero_warn(
+                f"precision={precision!r} keeps the trained weights in 16 bits, which round away most of an RL-sized "
+                "update: take 'bf16-mixed', which computes in bfloat16 on float32 weights"
+            )
+        elif precision in ("bf16-mixed", "16-mixed"):
+            narrow_frozen_layers(policy, torch.bfloat16 if precision == "bf16-mixed" else torch.float16)
         if self.activation_checkpointing:
-            network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            if policy.is_adapter:
-                network.enable_input_require_grads()
-        if self._compile:
-            for layer in _decoder_layers(policy):
-                layer.compile(dynamic=True)
-        network.train()
-        self._policy, self.network = policy, network
+            recompute_layers(policy, keep_attention=self.compiles)
+        if self.compiles:
+            compile_layers(policy)
+        self._policy, self.network = policy, policy.network.train()
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The trained weights under the names of a saved checkpoint: all of them, or the adapters'."""
@@ -300,6 +289,12 @@ class PolicyModule(lightning.LightningModule):
             values = [seen[key] for seen in self._observed if key in seen]
             self.host_metrics[key] = sum(values) / len(values)
 
+    @property
+    def has_moments(self) -> bool:
+        """Whether the optimizer has taken a step, and so holds its memory."""
+        optimizers: Any = self.trainer.optimizers
+        return bool(optimizers) and bool(optimizers[0].state)
+
     # -- Lightning's hooks --------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int = 0) -> Tensor:
@@ -350,15 +345,19 @@ class PolicyModule(lightning.LightningModule):
                 "step_count": torch.full_like(norm, share),
             }
         )
+        self.totals.mark()
+        self.is_updating = True
 
     def on_train_batch_end(self, *args: Any) -> None:
         """Tell the model which step it stands at."""
+        self.is_updating = False
         self.model.step = self.trainer.global_step
 
     def on_train_epoch_start(self) -> None:
-        """Forget the last call's raw metrics."""
-        self.totals.reset(self.device)
-        self._broken_at = None
+        """Forget the last call's raw metrics, but for those of a call that is run again from a step in its middle."""
+        if not self.goes_on:
+            self.totals.reset(self.device)
+            self._broken_at = None
         if self.clock is not None and "reward/mean" in self.host_metrics:
             # Lightning's bars are drawn for the last time before the end of the epoch, where the others are known
             self.trainer.progress_bar_metrics["reward/mean"] = self.host_metrics["reward/mean"]
@@ -403,15 +402,9 @@ class PolicyModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW, and the schedule as a factor on its learning rate."""
-        settings = self.optimizer_settings
         parameters = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            parameters,
-            lr=self.learning_rate,
-            betas=settings.betas,
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-        )
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        optimizer = adamw(parameters, self.optimizer_settings, self.learning_rate, unscales=scaler is not None)
         schedule = self.lr_schedule or _constant
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -425,11 +418,3 @@ def _files(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
     """What tells a folder from the same folder written again."""
     stats = [(path.name, path.stat()) for path in sorted(folder.iterdir())]
     return tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
-
-
-def _decoder_layers(policy: Policy) -> list[nn.Module]:
-    """The longest list of modules in the network: its decoder layers."""
-    lists = [list(module) for module in policy.causal_lm.modules() if isinstance(module, nn.ModuleList)]
-    if not lists:
-        raise UnsupportedError(f"{type(policy.causal_lm).__name__} has no list of decoder layers to compile")
-    return max(lists, key=len)

@@ -6,6 +6,7 @@ batch, what the layers' kernel asks for: lengths, a block mask, or a dense mask.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 BLOCK = 128
+LONG = 8192
 
 
 class PackedRow:
@@ -44,6 +46,7 @@ class PackedRow:
         if self.boundaries is not None and self.length > length:
             self.boundaries = pad(self.boundaries, (0, 1), value=self.length)
             self.longest = max(self.longest, self.length - length)
+        self.is_one_long_history = is_one_long_history(inputs)
         self._dense: dict[int | None, Tensor] = {}
         self._blocks: dict[int | None, BlockMask] = {}
 
@@ -51,6 +54,15 @@ class PackedRow:
     def mask(self) -> Tensor:
         """[1, 1, 1, L] int64: transformers hands a mask of four dimensions on as it is, and makes none itself."""
         return self.ends[None, None, None]
+
+    def prepare(self, windows: Iterable[int | None]) -> None:
+        """Make what the device's kernels are likely to ask for, so that compiled layers find it made."""
+        for window in windows:
+            window = None if window is not None and window >= self.longest else window
+            if self.ends.device.type != "cuda":
+                self.dense(window)
+            elif self.boundaries is None:
+                self.blocks(window)
 
     def dense(self, window: int | None = None) -> Tensor:
         """[L, L] bool, whether a query may see a key."""
@@ -88,6 +100,11 @@ class PackedRow:
             mask_mod=allow if window is None else allow_near,
             seq_lengths=(self.length, self.length),
         )
+
+
+def is_one_long_history(inputs: ModelInputs) -> bool:
+    """Whether a packed row holds a single history, and a long one."""
+    return inputs.boundaries is not None and len(inputs.boundaries) == 2 and inputs.longest >= LONG
 
 
 def _visible_blocks(ends: Tensor, positions: Tensor, window: int | None) -> tuple[Tensor, Tensor]:

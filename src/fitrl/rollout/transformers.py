@@ -292,7 +292,8 @@ class TransformersSampler:
     def _logits(self, ids: Tensor, attention: Tensor, positions: Tensor, cache: Any) -> Tensor:
         """Float32 logits [B, V] of the last position."""
         kwargs = {"attention_mask": attention, "past_key_values": cache, "use_cache": True}
-        with self._context():
+        # layers that are compiled for training would be compiled once more for each of them, because of their cache
+        with self._context(), torch.compiler.set_stance("force_eager"):
             if self.policy.has_linear_head:
                 hidden = self.policy.hidden(ids, positions, **kwargs).last_hidden_state[:, -1]
                 return self.policy.logits(hidden)

@@ -26,7 +26,7 @@ from fitrl.data.batch import Feed
 from fitrl.data.groups import TrajectoryGroup
 from fitrl.data.join import join_groups
 from fitrl.data.samples import SampleSet, build_samples
-from fitrl.errors import DataError, InvalidArgumentError, NonFiniteGradientError, SessionError
+from fitrl.errors import DataError, InvalidArgumentError, NonFiniteGradientError, OutOfMemoryError, SessionError
 from fitrl.objective.objective import ImportanceSamplingLevel
 from fitrl.policy.model import TrainableModel
 from fitrl.policy.module import PolicyModule
@@ -34,7 +34,8 @@ from fitrl.policy.plots import plot_batches
 from fitrl.protocols.results import LocalTrainResult, TrainResult
 from fitrl.trainers.interrupts import Stop
 from fitrl.trainers.learning_rate import num_trajectories_factor, reward_std_factor
-from fitrl.trainers.plan import Plan, plan_call
+from fitrl.trainers.memory import halve
+from fitrl.trainers.plan import Plan, plan_call, plan_rest
 from fitrl.trainers.session import SessionTrainer
 from fitrl.trainers.settings import UpdateSettings, naming_the_backend
 
@@ -205,7 +206,7 @@ class RLTrainer(SessionTrainer):
             module.clock = (start, samples.metrics["data/num_tokens"] * settings.num_epochs)
             self.verbs.set_learning_rate(rate)
             try:
-                self._run_epoch(module, plan)
+                plan = self._take_steps(samples, settings, plan)
             except NonFiniteGradientError:
                 self._release()  # nothing of this may be saved; the next call resumes the newest checkpoint
                 raise
@@ -216,6 +217,29 @@ class RLTrainer(SessionTrainer):
         if settings.plot_tensors:
             path = session.model.run_dir / "plots" / f"{self.global_step:04d}.png"
             plot_batches(plan.batches[: plan.accumulate], path)
+
+    def _take_steps(self, samples: SampleSet, settings: UpdateSettings, plan: Plan) -> Plan:
+        """All steps of a call; after one that did not fit into memory, the rest by smaller microbatches."""
+        module = self._require_session().module
+        try:
+            while True:
+                try:
+                    self._run_epoch(module, plan)
+                    return plan
+                except torch.OutOfMemoryError as error:
+                    if module.is_updating:
+                        self._release()  # as above
+                        raise OutOfMemoryError(
+                            "the optimizer's step does not fit into the device's memory: "
+                            "AdamWSettings(moments='8bit') or 'paged', or LoRA, need less"
+                        ) from error
+                    halve(plan.batches, samples.flat, module, error)
+                module.goes_on = True
+                module.totals.rewind()
+                plan = plan_rest(plan, samples, settings, self.verbs)
+                module.host_metrics = samples.metrics | plan.metrics
+        finally:
+            module.goes_on = module.is_updating = False
 
     def _run_epoch(self, module: PolicyModule, plan: Plan) -> None:
         """One Lightning epoch over the microbatches."""

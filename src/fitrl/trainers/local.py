@@ -17,7 +17,7 @@ from fitrl.objective.objective import (
     Objective,
 )
 from fitrl.policy.model import TrainableModel
-from fitrl.policy.module import AdamWSettings
+from fitrl.policy.optimizers import AdamWSettings
 from fitrl.protocols.results import LocalTrainResult
 from fitrl.rollout.sampler import Sampler
 from fitrl.trainers.asynchronous import asynchronous

@@ -7,7 +7,7 @@ With several ranks every one makes the same microbatches, equally many for each,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,12 @@ from torch import Tensor
 from fitrl.data import ranks
 from fitrl.data.batch import Batch
 from fitrl.data.packing import deal, pack
-from fitrl.data.samples import Sample, SampleSet, num_positions
+from fitrl.data.samples import Sample, SampleSet
 from fitrl.errors import CheckpointError
 from fitrl.policy.module import PolicyModule
 from fitrl.strategies.verbs import PolicyVerbs
+from fitrl.trainers.memory import halve, max_tokens
 from fitrl.trainers.settings import Reference, UpdateSettings
-
-_CPU_TOKENS = 8192
-_MOST_TOKENS = 65536
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,60 +33,90 @@ class Plan:
     Attributes:
         batches: this rank's, in order; every `accumulate` of them make one optimizer step.
         accumulate: microbatches of an optimizer step, fillers included.
-        metrics: how much of all ranks' batches is padding, and how many tokens need not be computed again.
+        first_step: optimizer steps taken before the call; the dealing depends on it.
+        kl_mean: mean of q - ref over the call, where there is a reference.
+        counts: of each step of the call, over all ranks: input tokens, positions, tokens that need not be computed
+            again.
     """
 
     batches: list[Batch]
     accumulate: int
-    metrics: dict[str, float]
+    first_step: int
+    kl_mean: float | None
+    counts: list[tuple[int, int, int]]
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps of the call."""
+        """Optimizer steps of these microbatches."""
         return len(self.batches) // self.accumulate
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """How much of all ranks' batches is padding, and how many tokens need not be computed again."""
+        tokens, positions, saved = map(sum, zip(*self.counts, strict=True))
+        return {"data/padding_fraction": 1.0 - tokens / positions, "data/shared_prefix_tokens_saved": float(saved)}
 
 
 def plan_call(samples: SampleSet, settings: UpdateSettings, verbs: PolicyVerbs) -> Plan:
-    """Deal the groups to minibatches and pack each into microbatches, all with equally many."""
-    module = verbs.policy_module
+    """Compute old and reference logprobs, deal the groups to minibatches, pack each into equally many microbatches."""
     kl_mean = _score(samples, settings, verbs)
-    steps: list[list[Batch]] = []
-    for epoch in range(settings.num_epochs):
-        dealt = deal(
-            len(samples.groups),
-            settings.num_minibatches,
-            seed=settings.seed,
-            step=module.trainer.global_step,
-            epoch=epoch,
+    return _pack(samples, settings, verbs, verbs.policy_module.trainer.global_step, kl_mean, [])
+
+
+def plan_rest(plan: Plan, samples: SampleSet, settings: UpdateSettings, verbs: PolicyVerbs) -> Plan:
+    """The steps of a call that are still to be taken, packed again for what fits by now."""
+    taken = verbs.policy_module.trainer.global_step - plan.first_step
+    return _pack(samples, settings, verbs, plan.first_step, plan.kl_mean, plan.counts[:taken])
+
+
+def _pack(
+    samples: SampleSet,
+    settings: UpdateSettings,
+    verbs: PolicyVerbs,
+    first_step: int,
+    kl_mean: float | None,
+    taken: list[tuple[int, int, int]],
+) -> Plan:
+    module, device = verbs.policy_module, verbs.root_device
+    dealt = [
+        indices
+        for epoch in range(settings.num_epochs)
+        for indices in deal(
+            len(samples.groups), settings.num_minibatches, seed=settings.seed, step=first_step, epoch=epoch
         )
-        for indices in dealt:
-            chosen = [sample for index in indices for sample in samples.groups[index]]
-            steps.append(
-                pack(
-                    chosen,
-                    max_tokens=_max_tokens(chosen, settings, module, verbs.root_device),
-                    kl_mean=kl_mean,
-                    skip_zero_advantage=settings.skips_zero_advantage,
-                    measures_mismatch=not steps,
-                    multiple_of=ranks.world_size(),
-                    **_layout(module),
-                )
+    ]
+    steps: list[list[Batch]] = []
+    for number in range(len(taken), len(dealt)):
+        chosen = [sample for index in dealt[number] for sample in samples.groups[index]]
+        steps.append(
+            pack(
+                chosen,
+                max_tokens=max_tokens(chosen, settings.max_tokens_per_microbatch, module, device),
+                kl_mean=kl_mean,
+                skip_zero_advantage=settings.skips_zero_advantage,
+                measures_mismatch=number == 0,
+                multiple_of=ranks.world_size(),
+                **_layout(module),
             )
+        )
     accumulate = math.ceil(max(map(len, steps)) / ranks.world_size())
     for batches in steps:
         batches += [batches[0].filler() for _ in range(accumulate * ranks.world_size() - len(batches))]
-    everyone = [batch for batches in steps for batch in batches]
-    tokens, positions, saved = (
-        sum(getattr(batch, name) for batch in everyone)
-        for name in ("num_input_tokens", "num_positions", "num_tokens_saved")
-    )
+    mine = [batch for batches in steps for batch in ranks.share_of(batches)]
     return Plan(
-        batches=[batch for batches in steps for batch in ranks.share_of(batches)],
+        batches=[batch.pin_memory() for batch in mine] if device.type == "cuda" else mine,
         accumulate=accumulate,
-        metrics={
-            "data/padding_fraction": 1.0 - tokens / positions,
-            "data/shared_prefix_tokens_saved": float(saved),
-        },
+        first_step=first_step,
+        kl_mean=kl_mean,
+        counts=[*taken, *map(_counts, steps)],
+    )
+
+
+def _counts(batches: Sequence[Batch]) -> tuple[int, int, int]:
+    return (
+        sum(batch.num_input_tokens for batch in batches),
+        sum(batch.num_positions for batch in batches),
+        sum(batch.num_tokens_saved for batch in batches),
     )
 
 
@@ -100,19 +128,11 @@ def _score(samples: SampleSet, settings: UpdateSettings, verbs: PolicyVerbs) -> 
         return None
     module.logprob_chunk_size = settings.logprob_calculation_chunk_size
     flat = samples.flat
-    batches = pack(
-        flat,
-        max_tokens=_max_tokens(flat, settings, module, verbs.root_device),
-        multiple_of=ranks.world_size(),
-        **_layout(module),
-    )
-    exact = next(module.policy.network.parameters()).dtype == torch.float64
-    dtype = torch.float64 if exact else torch.float32
     if settings.precalculate_logprobs:
-        for sample, column in _score_all(batches, flat, lambda batch: verbs.score(batch, None), dtype):
+        for sample, column in zip(flat, _score_all(flat, settings, verbs, None), strict=True):
             sample.old_logprobs = column
     if reference is not None:
-        for sample, column in _score_all(batches, flat, lambda batch: verbs.score(batch, reference), dtype):
+        for sample, column in zip(flat, _score_all(flat, settings, verbs, reference), strict=True):
             sample.reference_logprobs = column
     if reference is None:
         return None
@@ -125,23 +145,36 @@ def _score(samples: SampleSet, settings: UpdateSettings, verbs: PolicyVerbs) -> 
 
 
 def _score_all(
-    batches: Sequence[Batch], samples: Sequence[Sample], score: Callable[[Batch], Tensor], dtype: torch.dtype
-) -> list[tuple[Sample, Tensor]]:
-    """Logprobs of every batch's rows, each computed by one rank, as [T] columns; NaN where nothing was predicted."""
-    mine = {id(batch) for batch in ranks.share_of(batches)}
-    rows = [
-        score(batch).double() if id(batch) in mine else torch.zeros(len(batch.loss_inputs.rows), dtype=torch.float64)
-        for batch in batches
-    ]
-    logprobs = ranks.sum_up(torch.cat(rows)).to(dtype)
-    columns: list[tuple[Sample, Tensor]] = []
+    samples: Sequence[Sample], settings: UpdateSettings, verbs: PolicyVerbs, reference: str | None
+) -> list[Tensor]:
+    """Logprobs of every sample as [T] columns; NaN where nothing was predicted. Each batch is computed by one rank."""
+    module = verbs.policy_module
+    while True:
+        batches = pack(
+            samples,
+            max_tokens=max_tokens(samples, settings.max_tokens_per_microbatch, module, verbs.root_device),
+            multiple_of=ranks.world_size(),
+            **_layout(module),
+        )
+        mine = {id(batch) for batch in ranks.share_of(batches)}
+        try:
+            rows = [
+                verbs.score(batch, reference).double()
+                if id(batch) in mine
+                else torch.zeros(len(batch.loss_inputs.rows), dtype=torch.float64)
+                for batch in batches
+            ]
+            break
+        except torch.OutOfMemoryError as error:
+            halve(batches, samples, module, error)
+    exact = next(module.policy.network.parameters()).dtype == torch.float64
+    logprobs = ranks.sum_up(torch.cat(rows)).to(torch.float64 if exact else torch.float32)
+    columns = [torch.full(sample.mask.shape, torch.nan, dtype=logprobs.dtype) for sample in samples]
     start = 0
     for index in (index for batch in batches for index in batch.members):
-        sample = samples[index]
-        column = torch.full(sample.mask.shape, torch.nan, dtype=logprobs.dtype)
-        column[sample.mask] = logprobs[start : start + sample.num_trainable_tokens]
-        start += sample.num_trainable_tokens
-        columns.append((sample, column))
+        count = samples[index].num_trainable_tokens
+        columns[index][samples[index].mask] = logprobs[start : start + count]
+        start += count
     return columns
 
 
@@ -164,20 +197,3 @@ def _layout(module: PolicyModule) -> dict[str, Any]:
         "hidden_size": policy.hidden_size,
         "sparse_attention": policy.skips_hidden_keys,
     }
-
-
-def _max_tokens(samples: Sequence[Sample], settings: UpdateSettings, module: PolicyModule, device: torch.device) -> int:
-    """Positions in a microbatch: as told, else what is likely to fit beside the weights."""
-    if settings.max_tokens_per_microbatch is not None:
-        return settings.max_tokens_per_microbatch
-    longest = max(num_positions(sample.histories, padded=not module.policy.can_pack) for sample in samples)
-    if device.type != "cuda":
-        return max(longest, _CPU_TOKENS)
-    free = torch.cuda.mem_get_info(device)[0] + (
-        torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    )
-    # activations of a decoder layer: about 34 H two-byte values a token (Korthikanti et al. 2022), doubled for
-    # float32 residuals; a few H of them with checkpointing
-    values = (4 if module.activation_checkpointing else 68) * module.policy.hidden_size * module.policy.num_layers
-    fits = min(int(0.5 * free / (2 * values)), _MOST_TOKENS)
-    return max(longest, min(map(int, ranks.collect(str(fits)))))  # every rank makes the same plan

@@ -26,7 +26,8 @@ from fitrl.errors import InvalidArgumentError, SessionError
 from fitrl.policy.checkpoints import tidy
 from fitrl.policy.lock import RunLock
 from fitrl.policy.model import TrainableModel
-from fitrl.policy.module import AdamWSettings, PolicyModule
+from fitrl.policy.module import PolicyModule
+from fitrl.policy.optimizers import AdamWSettings
 from fitrl.protocols.verbs import PolicyTrainer
 from fitrl.rollout.sampler import Sampler
 from fitrl.rollout.transformers import TransformersSampler
