@@ -70,7 +70,10 @@ def adamw(
     }
     if settings.moments == "float32":
         on_gpu = all(parameter.device.type == "cuda" for parameter in parameters)
-        return torch.optim.AdamW(parameters, fused=True if on_gpu and not unscales else None, **options)
+        plain: Any = torch.optim.AdamW(parameters, fused=True if on_gpu and not unscales else None, **options)
+        # Lightning clips no gradients of an optimizer that could unscale them; without a scaler none does
+        plain._step_supports_amp_scaling = False
+        return plain  # type: ignore[no-any-return]
     import bitsandbytes
 
     kinds: Any = bitsandbytes.optim
