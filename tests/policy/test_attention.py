@@ -12,13 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import flex_attention
 
 from fitrl.data.packing import pack
 from fitrl.data.samples import Sample
 from fitrl.errors import UnsupportedError
 from fitrl.policy import attention
-from fitrl.policy.packed_row import BLOCK, PackedRow, _visible_blocks
+from fitrl.policy.packed_row import BLOCK, PackedRow, _visible_blocks, as_packed
+from flash import use_flash_by_definition
 from helpers import sample, token_history
 from trees import trees
 
@@ -138,6 +140,18 @@ def test_lengths_say_where_histories_are(samples: list[Sample], window: int | No
         compare(attention.length_attention, row, places, gradient=False, window=window)
 
 
+@given(trees(max_histories=2), st.sampled_from([1, BLOCK]))
+def test_parts_of_a_tree_add_up(samples: list[Sample], multiple_of: int) -> None:
+    """The flash kernel needs a GPU: in its place its definition, forward and backward, in float64."""
+    row, places = row_of(samples, multiple_of=multiple_of)
+
+    if row.crossings is None:
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        use_flash_by_definition(patch)
+        compare(attention.shared_attention, row, places, gradient=True)
+
+
 @given(trees(max_histories=2), st.sampled_from([None, 2, 100, 200]), st.integers(1, 90))
 def test_block_masks_are_those_of_the_dense_mask(samples: list[Sample], window: int | None, stretch: int) -> None:
     longer = [  # so that there are blocks
@@ -242,8 +256,8 @@ def test_gpu_kernels_compute_what_the_dense_mask_does(
 
 
 def one_row(length: int, device: str = "cpu") -> PackedRow:
-    [batch] = pack([sample(token_history([i % 50 for i in range(length)], [0] + [1] * (length - 1)))], layout="packed")
-    inputs = batch.to(device).model_inputs
+    [batch] = pack([sample(token_history([i % 50 for i in range(length)], [0] + [1] * (length - 1)))], layout="padded")
+    inputs = as_packed(batch.to(device).model_inputs)
     return PackedRow(inputs, multiple_of=attention.row_multiple(inputs))
 
 
@@ -257,6 +271,7 @@ def test_one_long_history_takes_the_kernel_for_one(device: str, monkeypatch: pyt
     assert not several.is_one_long_history
     kind = torch.float64 if device == "cpu" else torch.bfloat16
     results = []
+    monkeypatch.setattr(attention, "_LONG_BACKEND", SDPBackend.MATH if device == "cpu" else attention._LONG_BACKEND)
     for kernel, dtype in (("dense_attention", torch.float64), ("attend", kind)):
         leaves = [heads.to(device, dtype).requires_grad_() for heads in heads_of(row)]
         if dtype == torch.float64 and kernel == "attend":

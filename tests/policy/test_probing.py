@@ -166,7 +166,7 @@ def test_a_model_may_pack_and_not_share(monkeypatch: pytest.MonkeyPatch, caplog:
     run_batch = Policy._run_batch
 
     def along_the_row(self: Policy, network: Any, inputs: Any) -> Any:
-        if inputs.ends is not None and inputs.boundaries is None:
+        if inputs.crossings is not None:
             inputs.position_ids = torch.arange(inputs.input_ids.shape[1])[None]
         return run_batch(self, network, inputs)
 

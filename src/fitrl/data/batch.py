@@ -35,7 +35,11 @@ class ModelInputs:
         segment_ids: [B, L] int64, which segment a token belongs to, a history of its own unless some share a prefix;
             -1 for padding.
         ends: [B, L] int64, the first place from which on a token is out of sight; None when padded.
-        boundaries: [N + 1] int32, where the N segments begin, and L; None when padded or a prefix is shared.
+        boundaries: [N + 1] int32, where the N segments begin, and L; None when padded.
+        crossings: [depths, 2, M + 1] int32 where prefixes are shared, else None: for each depth of the tree M stretches
+            of queries and of keys, given by where they begin; a stretch of queries sees the whole of its stretch of
+            keys, which may be empty, beside its own segment.
+        longest_crossing: most queries and most keys of such a stretch.
         longest: positions of the longest history.
     """
 
@@ -44,6 +48,8 @@ class ModelInputs:
     segment_ids: Tensor
     ends: Tensor | None = None
     boundaries: Tensor | None = None
+    crossings: Tensor | None = None
+    longest_crossing: tuple[int, int] = (0, 0)
     longest: int
 
 
@@ -134,7 +140,7 @@ class Batch:
         """How the histories are laid out."""
         if self.model_inputs.ends is None:
             return "padded"
-        return "shared" if self.model_inputs.boundaries is None else "packed"
+        return "shared" if self.num_tokens_saved else "packed"
 
     @property
     def num_input_tokens(self) -> int:

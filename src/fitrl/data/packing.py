@@ -16,7 +16,7 @@ from torch import Tensor
 from fitrl.data.batch import Batch, LossTargets, ModelInputs
 from fitrl.data.bins import WORTHWHILE, Layout, assign
 from fitrl.data.groups import TokenHistory
-from fitrl.data.prefixes import Prefixes, Row, separate_row
+from fitrl.data.prefixes import Prefixes, Row, lengths_of, separate_row
 from fitrl.data.samples import Sample
 from fitrl.errors import InvalidArgumentError
 
@@ -192,10 +192,8 @@ def _lay_out(ids: Tensor, histories: Sequence[TokenHistory], row: Row, layout: L
         position_ids=row.positions[None],
         segment_ids=row.segments[None],
         ends=row.ends[None],
-        boundaries=None
-        if len(row.positions) < len(row.slots)
-        else torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
         longest=longest,
+        **lengths_of(row),
     )
     return inputs, slots
 

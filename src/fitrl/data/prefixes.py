@@ -14,6 +14,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -104,6 +105,42 @@ def separate_row(histories: Sequence[TokenHistory]) -> Row:
     segments = torch.repeat_interleave(torch.arange(len(histories)), lengths)
     slots = torch.arange(int(stops[-1]))
     return Row(slots=slots, positions=slots - (stops - lengths)[segments], ends=stops[segments], segments=segments)
+
+
+def lengths_of(row: Row) -> dict[str, Any]:
+    """`boundaries`, `crossings` and `longest_crossing` of `ModelInputs`: a row as attention over lengths sees it."""
+    length = len(row.positions)
+    starts = torch.cat([row.segments.new_zeros(1), row.segments.diff().nonzero().squeeze(1) + 1])
+    found: dict[str, Any] = {"boundaries": torch.cat([starts, starts.new_tensor([length])]).to(torch.int32)}
+    depths: list[list[tuple[int, int, int]]] = []  # of the segments that have others below them: start, stop, end
+    open_ends: list[int] = []
+    for start, stop, end in zip(
+        starts.tolist(), [*starts[1:].tolist(), length], row.ends[starts].tolist(), strict=True
+    ):
+        while open_ends and open_ends[-1] <= start:
+            open_ends.pop()
+        if end > stop:
+            if len(open_ends) == len(depths):
+                depths.append([])
+            depths[len(open_ends)].append((start, stop, end))
+            open_ends.append(end)
+    if not depths:
+        return found
+    width = 3 * max(map(len, depths)) + 3
+    crossings = torch.full((len(depths), 2, width), length, dtype=torch.int32)
+    for level, above in zip(crossings, depths, strict=True):
+        queries, keys = [0], [0]
+        for start, stop, end in above:
+            # queries that see nothing here, keys that nothing sees, and what lies below a segment with that segment
+            queries += [stop, stop, end]
+            keys += [keys[-1], start, stop]
+        queries.append(length)  # the last queries, and behind them the last keys
+        keys.append(keys[-1])
+        level[0, : len(queries)] = torch.tensor(queries, dtype=torch.int32)
+        level[1, : len(keys)] = torch.tensor(keys, dtype=torch.int32)
+    spans = [span for above in depths for span in above]
+    longest = max(end - stop for _, stop, end in spans), max(stop - start for start, stop, _ in spans)
+    return found | {"crossings": crossings, "longest_crossing": longest}
 
 
 def _lay_out(lengths: Sequence[int], common: Sequence[int], order: Sequence[int]) -> Row:

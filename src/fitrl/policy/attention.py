@@ -9,10 +9,11 @@ row's histories would alone; everything else, padded batches and sampling with a
 | CPU; float64; heads of fewer than 16 numbers          | a dense mask: the reference                 |
 | CUDA, 16-bit, nothing shared, logits not soft-capped  | flash attention over lengths                |
 | the same, one history of 8,192 tokens or more         | cuDNN's attention                           |
+| CUDA, 16-bit, shared, without a window or a soft cap  | flash attention, part by part of the tree   |
 | CUDA otherwise                                        | FlexAttention, compiled once for all shapes |
 
 All of it can be traced: a compiled decoder layer is one graph, its attention in the middle. So masks are made before
-the layers run, by `PackedRow.prepare`.
+the layers run, by `prepare`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,9 +34,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from fitrl.data.batch import ModelInputs
 from fitrl.errors import UnsupportedError
 from fitrl.policy.packed_row import BLOCK, PackedRow, is_one_long_history
+from fitrl.policy.tree_attention import tree_attention
 
 _BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-_LONG_BACKENDS = [SDPBackend.CUDNN_ATTENTION, *_BACKENDS]
+_LONG_BACKEND = SDPBackend.CUDNN_ATTENTION
+_FLASH_DTYPES = (torch.bfloat16, torch.float16)
 _STOCK = ("sdpa", "eager")
 _PREFIX = "fitrl_"
 # that there are fewer key heads than query heads; before torch 2.12 it is not
@@ -167,15 +170,32 @@ def attend(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if window is not None and window >= row.longest:
         window = None  # it hides nothing
-    size = query.shape[-1]
-    if query.device.type != "cuda" or query.dtype == torch.float64 or min(size, value.shape[-1]) < 16:
+    kernel = choose_kernel(query, value, row, softcap=softcap, window=window)
+    if kernel == "dense":
         return dense_attention(query, key, value, row, scale=scale, softcap=softcap, window=window)
-    flash = query.dtype in (torch.bfloat16, torch.float16) and size == value.shape[-1] and size <= 256 and size % 8 == 0
-    if flash and softcap is None and row.is_one_long_history and window is None:
+    if kernel == "causal":
         return causal_attention(query, key, value, scale=scale)
-    if flash and softcap is None and row.boundaries is not None:
+    if kernel == "tree":
+        return shared_attention(query, key, value, row, scale=scale)
+    if kernel == "lengths":
         return length_attention(query, key, value, row, scale=scale, window=window)
     return flex_attention(query, key, value, row, scale=scale, softcap=softcap, window=window)
+
+
+def choose_kernel(
+    query: Tensor, value: Tensor, row: PackedRow, *, softcap: float | None, window: int | None
+) -> Literal["dense", "causal", "tree", "lengths", "flex"]:
+    """Which kernel `attend` takes; see the module's table."""
+    size = query.shape[-1]
+    if query.device.type != "cuda" or query.dtype == torch.float64 or min(size, value.shape[-1]) < 16:
+        return "dense"
+    if query.dtype not in _FLASH_DTYPES or size != value.shape[-1] or size > 256 or size % 8 or softcap is not None:
+        return "flex"
+    if row.is_one_long_history and window is None and size <= 128:
+        return "causal"
+    if row.crossings is None:
+        return "lengths"
+    return "tree" if window is None else "flex"
 
 
 def dense_attention(
@@ -203,9 +223,17 @@ def dense_attention(
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
     """`attend` of a row with one history, without a window or a soft cap."""
     groups = query.shape[1] != key.shape[1]
-    with sdpa_kernel(_LONG_BACKENDS, set_priority=True):
+    with sdpa_kernel(_LONG_BACKEND):
         attended = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=groups)
     return attended.transpose(1, 2)
+
+
+def shared_attention(query: Tensor, key: Tensor, value: Tensor, row: PackedRow, *, scale: float) -> Tensor:
+    """`attend` with shared prefixes, without a window or a soft cap, by `tree_attention`."""
+    query, key, value = (heads[0].transpose(0, 1) for heads in (query, key, value))
+    lengths = (row.boundaries, row.crossings, row.longest, *row.longest_crossing)
+    attended: Tensor = tree_attention(query, key, value, *lengths, scale)[0]
+    return attended[None]
 
 
 def length_attention(
@@ -217,7 +245,6 @@ def length_attention(
         options["enable_gqa"] = query.shape[1] != key.shape[1]
     query, key, value = (heads[0].transpose(0, 1) for heads in (query, key, value))
     bounds = row.boundaries
-    assert bounds is not None  # nothing is shared
     attended: Any = varlen_attn(query, key, value, bounds, bounds, row.longest, row.longest, **options)
     return attended[None]  # type: ignore[no-any-return]
 
@@ -273,8 +300,18 @@ def allow_many_graphs() -> None:
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
 
 
-def windows_of(network: Any) -> set[int | None]:
-    """Widths of the sliding windows that layers of a transformers model ask for; None: of those without."""
-    owners = [network.config.get_text_config(), *network.modules()]
-    found = {getattr(owner, "sliding_window", None) for owner in owners}
-    return {window for window in found if window is None or type(window) is int}
+def prepare(row: PackedRow, network: Any) -> None:
+    """Make the masks that the layers of a transformers model will ask for, so that compiled ones find them made."""
+    config = network.config.get_text_config()
+    device = row.ends.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else network.dtype
+    flash = dtype in _FLASH_DTYPES and getattr(config, "attn_logit_softcapping", None) is None
+    windows = {getattr(owner, "sliding_window", None) for owner in (config, *network.modules())}
+    for width in windows:
+        if width is not None and type(width) is not int:
+            continue
+        window = None if width is not None and width >= row.longest else width
+        if device != "cuda":
+            row.dense(window)
+        elif not flash or (row.crossings is not None and window is not None):
+            row.blocks(window)

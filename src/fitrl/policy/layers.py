@@ -91,6 +91,7 @@ def _recomputed(forward: Callable[..., Any], keep_attention: bool) -> Callable[.
 
 _ATTENTION = (
     torch.ops.torch_attn._varlen_attn.default,
+    torch.ops.fitrl.tree_attention.default,
     torch.ops.higher_order.flex_attention,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,

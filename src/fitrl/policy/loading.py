@@ -28,9 +28,9 @@ from fitrl.errors import (
     UnsupportedError,
 )
 from fitrl.objective.logprobs import linear_logits
-from fitrl.policy.attention import attention_kernels, row_multiple, skips_hidden_keys, windows_of
+from fitrl.policy.attention import attention_kernels, prepare, row_multiple, skips_hidden_keys
 from fitrl.policy.head import weight_and_bias
-from fitrl.policy.packed_row import PackedRow
+from fitrl.policy.packed_row import LONG, PackedRow, as_packed
 from fitrl.policy.probing import probe
 
 if TYPE_CHECKING:
@@ -178,8 +178,11 @@ class Policy:
     def _run_batch(self, network: Any, inputs: ModelInputs) -> Any:
         """Run a batch, if its layout is one that the policy keeps apart."""
         if inputs.ends is None:
-            return self._run(network, inputs.input_ids, None, {})
-        shared = inputs.boundaries is None
+            rows, length = inputs.input_ids.shape
+            if rows > 1 or length < LONG or not (self.can_pack and self.skips_hidden_keys):
+                return self._run(network, inputs.input_ids, None, {})
+            inputs = as_packed(inputs)  # there is a faster kernel for it
+        shared = inputs.crossings is not None
         if not (self.can_share if shared else self.can_pack):
             layouts = "layout='packed' or 'padded'" if self.can_pack else "layout='padded'"
             raise InvalidArgumentError(
@@ -187,7 +190,7 @@ class Policy:
                 f"pack(..., {layouts})"
             )
         row = PackedRow(inputs, multiple_of=row_multiple(inputs))
-        row.prepare(windows_of(self.causal_lm))
+        prepare(row, self.causal_lm)
         return self._run(network, row.input_ids, row.position_ids, {"attention_mask": row.mask, "packed_row": row})
 
     @staticmethod

@@ -6,7 +6,6 @@ batch, what the layers' kernel asks for: lengths, a block mask, or a dense mask.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,10 +41,16 @@ class PackedRow:
         self.input_ids = pad(inputs.input_ids, (0, self.length - length))
         alone = torch.arange(length + 1, self.length + 1, device=inputs.ends.device)
         self.ends = torch.cat([inputs.ends[0], alone])
+        assert inputs.boundaries is not None
         self.boundaries = inputs.boundaries
-        if self.boundaries is not None and self.length > length:
+        self.crossings = inputs.crossings
+        self.longest_crossing = inputs.longest_crossing
+        if self.length > length:
             self.boundaries = pad(self.boundaries, (0, 1), value=self.length)
             self.longest = max(self.longest, self.length - length)
+            if self.crossings is not None:
+                self.crossings = pad(self.crossings, (0, 1), value=length)  # keys that the others do not see
+                self.crossings[:, 0, -1] = self.length
         self.is_one_long_history = is_one_long_history(inputs)
         self._dense: dict[int | None, Tensor] = {}
         self._blocks: dict[int | None, BlockMask] = {}
@@ -54,15 +59,6 @@ class PackedRow:
     def mask(self) -> Tensor:
         """[1, 1, 1, L] int64: transformers hands a mask of four dimensions on as it is, and makes none itself."""
         return self.ends[None, None, None]
-
-    def prepare(self, windows: Iterable[int | None]) -> None:
-        """Make what the device's kernels are likely to ask for, so that compiled layers find it made."""
-        for window in windows:
-            window = None if window is not None and window >= self.longest else window
-            if self.ends.device.type != "cuda":
-                self.dense(window)
-            elif self.boundaries is None:
-                self.blocks(window)
 
     def dense(self, window: int | None = None) -> Tensor:
         """[L, L] bool, whether a query may see a key."""
@@ -105,6 +101,19 @@ class PackedRow:
 def is_one_long_history(inputs: ModelInputs) -> bool:
     """Whether a packed row holds a single history, and a long one."""
     return inputs.boundaries is not None and len(inputs.boundaries) == 2 and inputs.longest >= LONG
+
+
+def as_packed(inputs: ModelInputs) -> ModelInputs:
+    """A padded batch of one history as a packed one; nothing is copied from the host."""
+    length, device = inputs.input_ids.shape[1], inputs.input_ids.device
+    return ModelInputs(
+        input_ids=inputs.input_ids,
+        position_ids=torch.arange(length, device=device)[None],
+        segment_ids=inputs.segment_ids,
+        ends=torch.full((1, length), length, device=device),
+        boundaries=torch.arange(0, 2 * length, length, dtype=torch.int32, device=device),
+        longest=length,
+    )
 
 
 def _visible_blocks(ends: Tensor, positions: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
