@@ -251,6 +251,20 @@ def test_epoch_notes_are_dropped_and_others_kept(trainer, module, caplog) -> Non
     assert "`Trainer.fit` stopped: `max_epochs=2` reached." in caplog.text
 
 
+def test_fit_keeps_the_memory_of_the_device(trainer, module, monkeypatch) -> None:
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
+    _compat.allow_one_more_epoch(trainer)
+    trainer.fit(module, train_dataloaders=feed())
+    assert emptied  # Lightning does it
+    emptied.clear()
+    _compat.allow_one_more_epoch(trainer)
+    with _compat.keeping_device_memory(trainer):
+        trainer.fit(module, train_dataloaders=feed())
+    assert not emptied
+    assert "resume_end" not in vars(trainer._checkpoint_connector)
+
+
 def test_the_missing_validation_loop_is_not_worth_a_warning(trainer, module) -> None:
     """pytest replaces the filters of the process, so the one that _compat adds is put back first."""
     [line] = [

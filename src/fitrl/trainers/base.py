@@ -246,7 +246,7 @@ class RLTrainer(SessionTrainer):
         self.accumulate_grad_batches = plan.accumulate
         _compat.allow_one_more_epoch(self)
         try:
-            with _compat.without_epoch_notes():
+            with _compat.without_epoch_notes(), _compat.keeping_device_memory(self):
                 self.fit(module, train_dataloaders=Feed(plan.batches))
         except SystemExit as stop:
             # Lightning answers the second Ctrl-C by ignoring further ones and leaving the process
