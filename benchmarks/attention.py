@@ -2,8 +2,9 @@
 
 1. Hidden states and gradients of small random models (Qwen3, Gemma 2 with a window and a soft cap) in the layouts
    padded, packed and shared, in float32 and bfloat16, against the padded layout in float64.
-2. Attention alone, forward and backward, with Qwen3's heads: flash attention over lengths, FlexAttention, a dense mask.
-3. Qwen3's decoder layers, random weights, bfloat16, each compiled and checkpointed, forward and backward: 16k tokens of
+2. Attention alone, forward and backward, with Qwen3's heads: flash attention over lengths, for shared prefixes part by
+   part of the tree, cuDNN's for one history, FlexAttention, a dense mask.
+3. Qwen3's decoder layers, random weights, bfloat16, compiled and checkpointed, forward and backward: 16k tokens of
    uneven histories, and one prompt with many completions. How often layers and FlexAttention are compiled for batches
    of 20 other shapes.
 
@@ -38,6 +39,7 @@ from fitrl.data.groups import TokenHistory
 from fitrl.data.packing import pack
 from fitrl.data.samples import Sample
 from fitrl.policy import attention
+from fitrl.policy.layers import compile_layers, recompute_layers
 from fitrl.policy.loading import Policy
 from fitrl.policy.packed_row import BLOCK, PackedRow
 from fitrl.policy.probing import probe
@@ -199,7 +201,12 @@ def time_kernels(
     rows: list[dict[str, Any]] = []
     kernels: dict[str, Callable[..., Tensor]] = {"dense mask": attention.dense_attention}
     if device.type == "cuda":
-        kernels = {"flash over lengths": attention.length_attention, "flex": attention.flex_attention} | kernels
+        kernels = {
+            "flash over lengths": attention.length_attention,
+            "flash by parts": attention.shared_attention,
+            "cuDNN": lambda query, key, value, row, scale: attention.causal_attention(query, key, value, scale=scale),
+            "flex": attention.flex_attention,
+        } | kernels
     for layout in ("packed", "shared"):
         batch = batch_of(samples, layout, device)
         if batch.layout != layout:
@@ -214,7 +221,9 @@ def time_kernels(
         )
         output = torch.randn(1, row.length, heads, size, device=device, dtype=dtype)
         for name, kernel in kernels.items():
-            if (name == "flash over lengths" and layout == "shared") or (name == "dense mask" and row.length > 20_000):
+            wrong = {"flash over lengths": layout == "shared", "flash by parts": layout == "packed"}
+            wrong |= {"cuDNN": len(samples) > 1, "dense mask": row.length > 20_000}
+            if wrong.get(name):
                 continue
 
             def forward(kernel: Callable[..., Tensor] = kernel) -> Tensor:
@@ -250,9 +259,9 @@ def stack(sizes: dict[str, int], device: torch.device, *, compiled: bool) -> Pol
     policy = Policy(network=network.train(), tokenizer=None)  # type: ignore[arg-type]
     probe(policy)
     policy.can_pack = policy.can_share = attention.read_packed_rows(network)  # bfloat16 is too coarse to tell
-    network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for layer in network.model.layers if compiled else ():
-        layer.compile(dynamic=True)
+    recompute_layers(policy, keep_attention=compiled)
+    if compiled:
+        compile_layers(policy)
     return policy
 
 
@@ -263,11 +272,16 @@ def time_layers(
     policy = stack(sizes, device, compiled=not options.tiny)
     trained = sum(sample.num_trainable_tokens for sample in samples)
     rows: list[dict[str, Any]] = []
-    for layout in LAYOUTS:
+    for layout, by_flash in (*((layout, False) for layout in LAYOUTS), ("shared", True)):
         batch = batch_of(samples, layout, device)
         if batch.layout != layout:
             continue
-        row: dict[str, Any] = {"batch": case, "layout": layout, "positions": batch.num_positions}
+        attention.TREES_BY_FLASH = by_flash
+        row: dict[str, Any] = {
+            "batch": case,
+            "layout": layout + (", flash by parts" if by_flash else ""),
+            "positions": batch.num_positions,
+        }
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         start = time.perf_counter()

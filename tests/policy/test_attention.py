@@ -229,12 +229,13 @@ def test_torch_has_the_flash_kernel_that_is_asked_for() -> None:
 
 
 @GPU
-@pytest.mark.parametrize("layout", ["packed", "shared"])
+@pytest.mark.parametrize(("layout", "by_tree"), [("packed", False), ("shared", False), ("shared", True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (50, None), (None, 2.0), (50, 2.0)])
 def test_gpu_kernels_compute_what_the_dense_mask_does(
-    layout: str, dtype: torch.dtype, window: Any, softcap: Any, monkeypatch: pytest.MonkeyPatch
+    layout: str, by_tree: bool, dtype: torch.dtype, window: Any, softcap: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(attention, "TREES_BY_FLASH", by_tree)
     prompt = list(range(200))
     samples = [
         sample(token_history([*prompt, *[i] * (20 + 30 * i)], [0] * 200 + [1] * (20 + 30 * i))) for i in range(6)
@@ -255,30 +256,22 @@ def test_gpu_kernels_compute_what_the_dense_mask_does(
         assert error < (1e-2 if dtype == torch.bfloat16 else 1e-3)
 
 
-def one_row(length: int, device: str = "cpu") -> PackedRow:
-    [batch] = pack([sample(token_history([i % 50 for i in range(length)], [0] + [1] * (length - 1)))], layout="padded")
-    inputs = as_packed(batch.to(device).model_inputs)
-    return PackedRow(inputs, multiple_of=attention.row_multiple(inputs))
-
-
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
 def test_one_long_history_takes_the_kernel_for_one(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not one_row(300).is_one_long_history
-    monkeypatch.setattr("fitrl.policy.packed_row.LONG", 256)
-    row = one_row(300, device)
-    assert row.is_one_long_history and row.length == (299 if device == "cpu" else 304)
-    several, _ = row_of([sample(token_history(range(50), [0] + [1] * 49)) for _ in range(10)], "packed")
-    assert not several.is_one_long_history
-    kind = torch.float64 if device == "cpu" else torch.bfloat16
-    results = []
-    monkeypatch.setattr(attention, "_LONG_BACKEND", SDPBackend.MATH if device == "cpu" else attention._LONG_BACKEND)
-    for kernel, dtype in (("dense_attention", torch.float64), ("attend", kind)):
-        leaves = [heads.to(device, dtype).requires_grad_() for heads in heads_of(row)]
-        if dtype == torch.float64 and kernel == "attend":
-            out = attention.causal_attention(*leaves, scale=0.3)
-        else:
-            out = getattr(attention, kernel)(*leaves, row, scale=0.3)
-        weight = torch.cos(torch.arange(299 * HEADS * SIZE, device=device)).view(1, 299, HEADS, SIZE)
-        results.append([out[:, :299], *torch.autograd.grad((out[:, :299].double() * weight).sum(), leaves)])
-    for exact, ours in zip(*results, strict=True):
-        assert float((exact - ours.double()).norm() / exact.norm()) < (1e-12 if device == "cpu" else 1e-2)
+    [batch] = pack([sample(token_history([i % 50 for i in range(300)], [0] + [1] * 299))], layout="padded")
+    inputs = as_packed(batch.to(device).model_inputs)
+    assert not attention.packed_row(inputs).is_one_long_history
+    monkeypatch.setattr(attention, "LONG", 256)
+    row = attention.packed_row(inputs)
+    if device == "cuda":
+        assert row.is_one_long_history and row.length == 304
+    else:
+        monkeypatch.setattr(attention, "_LONG_BACKEND", SDPBackend.MATH)
+    leaves = [heads.to(device).requires_grad_() for heads in heads_of(row)]
+    exact = attention.dense_attention(*leaves, row, scale=0.3)[:, :299]
+    weight = torch.cos(torch.arange(exact.numel(), device=device)).view_as(exact)
+    expected = [exact, *torch.autograd.grad((exact * weight).sum(), leaves)]
+    own = [heads.detach().to(torch.float64 if device == "cpu" else torch.bfloat16).requires_grad_() for heads in leaves]
+    ours = attention.causal_attention(*own, scale=0.3)[:, :299]
+    for wanted, found in zip(expected, [ours, *torch.autograd.grad((ours * weight).sum(), own)], strict=True):
+        assert float((wanted - found.double()).norm() / wanted.norm()) < (1e-12 if device == "cpu" else 1e-2)

@@ -8,8 +8,8 @@ row's histories would alone; everything else, padded batches and sampling with a
 |-------------------------------------------------------|---------------------------------------------|
 | CPU; float64; heads of fewer than 16 numbers          | a dense mask: the reference                 |
 | CUDA, 16-bit, nothing shared, logits not soft-capped  | flash attention over lengths                |
-| the same, one history of 8,192 tokens or more         | cuDNN's attention                           |
-| CUDA, 16-bit, shared, without a window or a soft cap  | flash attention, part by part of the tree   |
+| the same, one history of 8,192 tokens, from Hopper on | cuDNN's attention                           |
+| CUDA, 16-bit, shared, without a window or a soft cap  | FlexAttention; see `TREES_BY_FLASH`         |
 | CUDA otherwise                                        | FlexAttention, compiled once for all shapes |
 
 All of it can be traced: a compiled decoder layer is one graph, its attention in the middle. So masks are made before
@@ -33,10 +33,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from fitrl.data.batch import ModelInputs
 from fitrl.errors import UnsupportedError
-from fitrl.policy.packed_row import BLOCK, PackedRow, is_one_long_history
+from fitrl.policy.packed_row import BLOCK, PackedRow
 from fitrl.policy.tree_attention import tree_attention
 
 _BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# shared prefixes by `tree_attention`: off until it has been held to the dense mask on a GPU (test_attention.py)
+TREES_BY_FLASH = False
+LONG = 8192
 _LONG_BACKEND = SDPBackend.CUDNN_ATTENTION
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
 _STOCK = ("sdpa", "eager")
@@ -55,16 +58,20 @@ def attention_kernels(device: torch.device) -> AbstractContextManager[None]:
     return sdpa_kernel(_BACKENDS) if device.type == "cuda" else nullcontext()
 
 
-def row_multiple(inputs: ModelInputs) -> int:
-    """What a packed row's length should be a multiple of on its device.
+def packed_row(inputs: ModelInputs) -> PackedRow:
+    """A packed batch as its device's kernels want it.
 
-    FlexAttention wants blocks. cuDNN compiles a plan for each new length, 0.15 s on an H100 against 0.15 s that it
-    saves 28 layers of 16,384 tokens each time, so a long history has one of sixteen lengths between two powers of two.
+    FlexAttention wants blocks. cuDNN compiles a plan for each new length, in 0.15 s on an H100, where it saves 28
+    layers of 16,384 tokens about as much every time; so a long history has one of sixteen lengths between two powers
+    of two.
     """
-    device, length = inputs.input_ids.device, inputs.input_ids.shape[1]
-    if device.type != "cuda":
-        return 1
-    return 1 << (length.bit_length() - 5) if is_one_long_history(inputs) else BLOCK
+    if inputs.input_ids.device.type != "cuda":
+        return PackedRow(inputs)
+    assert inputs.boundaries is not None  # a packed batch's
+    hopper = torch.cuda.get_device_capability(inputs.input_ids.device) >= (9, 0)
+    one = hopper and len(inputs.boundaries) == 2 and inputs.longest >= LONG
+    multiple = 1 << (inputs.longest.bit_length() - 5) if one else BLOCK
+    return PackedRow(inputs, multiple_of=multiple, is_one_long_history=one)
 
 
 def skips_hidden_keys(device: torch.device) -> bool:
@@ -195,7 +202,7 @@ def choose_kernel(
         return "causal"
     if row.crossings is None:
         return "lengths"
-    return "tree" if window is None else "flex"
+    return "tree" if window is None and TREES_BY_FLASH else "flex"
 
 
 def dense_attention(
@@ -313,5 +320,5 @@ def prepare(row: PackedRow, network: Any) -> None:
         window = None if width is not None and width >= row.longest else width
         if device != "cuda":
             row.dense(window)
-        elif not flash or (row.crossings is not None and window is not None):
+        elif not flash or (row.crossings is not None and (window is not None or not TREES_BY_FLASH)):
             row.blocks(window)

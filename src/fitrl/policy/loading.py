@@ -28,9 +28,9 @@ from fitrl.errors import (
     UnsupportedError,
 )
 from fitrl.objective.logprobs import linear_logits
-from fitrl.policy.attention import attention_kernels, prepare, row_multiple, skips_hidden_keys
+from fitrl.policy.attention import LONG, attention_kernels, packed_row, prepare, skips_hidden_keys
 from fitrl.policy.head import weight_and_bias
-from fitrl.policy.packed_row import LONG, PackedRow, as_packed
+from fitrl.policy.packed_row import as_packed
 from fitrl.policy.probing import probe
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ class Policy:
                 f"{type(self.causal_lm).__name__} mixes histories that share a {'prefix' if shared else 'row'}: use "
                 f"pack(..., {layouts})"
             )
-        row = PackedRow(inputs, multiple_of=row_multiple(inputs))
+        row = packed_row(inputs)
         prepare(row, self.causal_lm)
         return self._run(network, row.input_ids, row.position_ids, {"attention_mask": row.mask, "packed_row": row})
 

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 BLOCK = 128
-LONG = 8192
 
 
 class PackedRow:
@@ -30,9 +29,10 @@ class PackedRow:
     Args:
         inputs: a packed batch's.
         multiple_of: fill up the row to a multiple of this, with tokens that none of the others see and nobody reads.
+        is_one_long_history: whether it holds a single history that is worth a kernel of its own.
     """
 
-    def __init__(self, inputs: ModelInputs, *, multiple_of: int = 1) -> None:
+    def __init__(self, inputs: ModelInputs, *, multiple_of: int = 1, is_one_long_history: bool = False) -> None:
         assert inputs.ends is not None and inputs.position_ids is not None  # a packed batch's
         length = inputs.ends.shape[1]
         self.length = -(-length // multiple_of) * multiple_of
@@ -51,7 +51,7 @@ class PackedRow:
             if self.crossings is not None:
                 self.crossings = pad(self.crossings, (0, 1), value=length)  # keys that the others do not see
                 self.crossings[:, 0, -1] = self.length
-        self.is_one_long_history = is_one_long_history(inputs)
+        self.is_one_long_history = is_one_long_history
         self._dense: dict[int | None, Tensor] = {}
         self._blocks: dict[int | None, BlockMask] = {}
 
@@ -96,11 +96,6 @@ class PackedRow:
             mask_mod=allow if window is None else allow_near,
             seq_lengths=(self.length, self.length),
         )
-
-
-def is_one_long_history(inputs: ModelInputs) -> bool:
-    """Whether a packed row holds a single history, and a long one."""
-    return inputs.boundaries is not None and len(inputs.boundaries) == 2 and inputs.longest >= LONG
 
 
 def as_packed(inputs: ModelInputs) -> ModelInputs:
