@@ -30,10 +30,12 @@ class LocalTrainer(RLTrainer):
 
     Args:
         strategy: "fitrl_local", one device; "fitrl_ddp", one process for each device, started with `torchrun`.
-        optimizer: AdamW's settings, but for the learning rate.
+        optimizer: AdamW's settings, but for the learning rate; its moments may take 8 bits.
         lr_schedule: factor on the learning rate, by optimizer steps taken.
-        compile: compile each decoder layer.
-        activation_checkpointing: keep only each decoder layer's input for backward.
+        compile: compile the decoder layers, one graph for all of them and all batch shapes; the first call takes some
+            20 s longer.
+        activation_checkpointing: keep only each decoder layer's input for backward, of compiled layers also what
+            attention returned, and compute the rest again.
         sampler: a sampler to hand the new weights to, instead of the embedded one.
         **lightning_options: of `lightning.Trainer`: devices, precision, callbacks, logger, gradient_clip_val, ...
 
