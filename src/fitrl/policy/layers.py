@@ -39,10 +39,15 @@ def decoder_layers(policy: Policy) -> list[nn.Module]:
 
 
 def compile_layers(policy: Policy) -> None:
-    """Compile each decoder layer, once for all batch shapes."""
+    """Compile the decoder layers' forward, once for all layers and batch shapes; hooks on them stay outside."""
     allow_many_graphs()
+    compiled: dict[Any, Any] = {}
     for layer in decoder_layers(policy):
-        layer.compile(dynamic=True)
+        any_layer: Any = layer
+        plain = any_layer.forward.__func__
+        if plain not in compiled:
+            compiled[plain] = torch.compile(plain, dynamic=True)
+        any_layer.forward = MethodType(compiled[plain], layer)
 
 
 def recompute_layers(policy: Policy, *, keep_attention: bool) -> None:
@@ -75,6 +80,7 @@ def narrow_frozen_layers(policy: Policy, dtype: torch.dtype) -> None:
                     parameter.data = parameter.data.to(dtype)
 
 
+@functools.cache
 def _recomputed(forward: Callable[..., Any], keep_attention: bool) -> Callable[..., Any]:
     options: dict[str, Any] = {"use_reentrant": False}
     if keep_attention:
