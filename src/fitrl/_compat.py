@@ -33,6 +33,16 @@ def attach(trainer: lightning.Trainer, module: lightning.LightningModule) -> Non
     trainer.state.fn = None
 
 
+def announce(trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    """Tell the strategy its module before its environment is set up; one that makes a device mesh hands it over."""
+    trainer.strategy._lightning_module = module
+
+
+def set_data_parallel_size(strategy: Any) -> None:
+    """Let all processes of a `ModelParallelStrategy` share the data; by default it takes one for each node."""
+    strategy._data_parallel_size = strategy.num_nodes * strategy.num_processes
+
+
 def detach(trainer: lightning.Trainer) -> None:
     """Forget the module that was attached."""
     trainer.strategy._lightning_module = None

@@ -22,8 +22,10 @@ import fitrl
 from exact import real_float64
 from fitrl.data import ranks
 from fitrl.demo import TASKS, correct
+from fitrl.policy.sharding import whole
 from samples import make_groups
 
+STRATEGY = os.environ.get("FITRL_TEST_STRATEGY", "fitrl_ddp")
 ACCELERATOR = os.environ.get("FITRL_TEST_ACCELERATOR", "cpu")
 
 
@@ -34,7 +36,7 @@ class KeepGradients(lightning.Callback):
         self.steps: list[list[float]] = []
 
     def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
-        grads = [p.grad.flatten() for p in module.parameters() if p.grad is not None]
+        grads = [whole(p.grad).flatten() for p in module.parameters() if p.grad is not None]
         flat = torch.cat(grads).double().cpu()
         index = torch.arange(flat.numel(), dtype=torch.float64)
         # enough to tell any two gradients apart, small enough to write down
@@ -66,7 +68,7 @@ def new_trainer(*callbacks: lightning.Callback, precision: str = "64-true") -> f
     return fitrl.LocalTrainer(
         accelerator=ACCELERATOR,
         devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        strategy="fitrl_ddp" if several else "fitrl_local",
+        strategy=STRATEGY if several else "fitrl_local",
         precision=precision,
         callbacks=list(callbacks),
         gradient_clip_val=0.5,
@@ -182,7 +184,7 @@ def stock(root: Path) -> dict[str, Any]:
     trainer = lightning.Trainer(
         accelerator=ACCELERATOR,
         devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        strategy="fitrl_ddp" if several else "fitrl_local",
+        strategy=STRATEGY if several else "fitrl_local",
         max_steps=2,
         precision="64-true",
         callbacks=[keep],

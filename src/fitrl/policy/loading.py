@@ -6,6 +6,7 @@ RL-sized update is lost in bfloat16 weights; Lightning's `precision` decides wha
 
 from __future__ import annotations
 
+import functools
 import importlib.resources
 import logging
 import struct
@@ -32,6 +33,7 @@ from fitrl.policy.attention import LONG, attention_kernels, packed_row, prepare,
 from fitrl.policy.head import weight_and_bias
 from fitrl.policy.packed_row import as_packed
 from fitrl.policy.probing import probe
+from fitrl.policy.sharding import like
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -75,6 +77,7 @@ class Policy:
         can_pack: whether several histories in one row stay apart; found out the same way.
         can_share: whether histories in one row can have a common prefix; found out the same way.
         softcap: soft cap of the final logits, or None.
+        root: what is entered whenever the network runs, where its weights are in pieces over several ranks.
     """
 
     network: nn.Module
@@ -83,6 +86,7 @@ class Policy:
     can_pack: bool = False
     can_share: bool = False
     softcap: float | None = None
+    root: nn.Module | None = None
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -193,11 +197,11 @@ class Policy:
         prepare(row, self.causal_lm)
         return self._run(network, row.input_ids, row.position_ids, {"attention_mask": row.mask, "packed_row": row})
 
-    @staticmethod
-    def _run(network: Any, input_ids: Tensor, position_ids: Tensor | None, cache: dict[str, Any]) -> Any:
+    def _run(self, network: Any, input_ids: Tensor, position_ids: Tensor | None, cache: dict[str, Any]) -> Any:
         options = {"use_cache": False} | cache  # with a cache, transformers would not see that a row is packed
+        call = functools.partial(network, input_ids=input_ids, position_ids=position_ids, **options)
         with attention_kernels(input_ids.device):
-            return network(input_ids=input_ids, position_ids=position_ids, **options)
+            return call() if self.root is None else self.root(call)
 
 
 def is_peft(network: nn.Module) -> bool:
@@ -299,9 +303,9 @@ def load_weights(policy: Policy, folder: Path) -> None:
     if policy.is_adapter:
         from peft import set_peft_model_state_dict
 
-        set_peft_model_state_dict(policy.network, state)
+        set_peft_model_state_dict(policy.network, {name: like(state[name], held[name]) for name in state})
     else:
-        policy.network.load_state_dict(state, strict=False)
+        policy.network.load_state_dict({name: like(state[name], held[name]) for name in state}, strict=False)
 
 
 def trained_state(policy: Policy) -> Mapping[str, Tensor]:
@@ -315,12 +319,22 @@ def trained_state(policy: Policy) -> Mapping[str, Tensor]:
     return state
 
 
-def save_weights(policy: Policy, folder: Path) -> None:
-    """Write weights, configuration and tokenizer so that transformers and PEFT load the folder as it is."""
+def save_weights(policy: Policy, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Write weights, configuration and tokenizer so that transformers and PEFT load the folder as it is.
+
+    Args:
+        policy: what to write.
+        folder: where.
+        weights: what `trained_state` names, whole; None: they are whole in the policy.
+    """
     network: Any = policy.network
-    # "auto" would ask the model hub whether the vocabulary was resized
+    options: dict[str, Any] = {}
+    if policy.is_adapter:
+        options["save_embedding_layers"] = False  # "auto" would ask the model hub whether the vocabulary was resized
+    if weights is not None:
+        options["state_dict"] = weights
     with _no_progress_bars():
-        network.save_pretrained(folder, **({"save_embedding_layers": False} if policy.is_adapter else {}))
+        network.save_pretrained(folder, **options)
     policy.tokenizer.save_pretrained(folder)
 
 

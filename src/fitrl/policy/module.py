@@ -30,6 +30,7 @@ from fitrl.policy.loading import Policy, load_policy, trained_state
 from fitrl.policy.metrics import CallTotals, derive, mismatch
 from fitrl.policy.model import TrainableModel
 from fitrl.policy.optimizers import AdamWSettings, adamw
+from fitrl.policy.sharding import gradient_norm, whole
 
 # operations that end a model and whose backward does not read what they returned: the gradient may take its place
 _KEEP_NO_RESULT = (
@@ -112,18 +113,21 @@ class PolicyModule(lightning.LightningModule):
                 f"precision={precision!r} keeps the trained weights in 16 bits, which round away most of an RL-sized "
                 "update: take 'bf16-mixed', which computes in bfloat16 on float32 weights"
             )
-        elif precision in ("bf16-mixed", "16-mixed"):
+        shard = getattr(self.trainer.strategy, "shard", None)
+        if shard is None and precision in ("bf16-mixed", "16-mixed"):
             narrow_frozen_layers(policy, torch.bfloat16 if precision == "bf16-mixed" else torch.float16)
         if self.activation_checkpointing:
             recompute_layers(policy, keep_attention=self.compiles)
         if self.compiles:
             compile_layers(policy)
+        if shard is not None:
+            shard(policy, precision=precision, moments=self.optimizer_settings.moments)
         self._policy, self.network = policy, policy.network.train()
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The trained weights under the names of a saved checkpoint: all of them, or the adapters'."""
         for name, tensor in trained_state(self.policy).items():
-            yield name, tensor.detach()
+            yield name, whole(tensor.detach())
 
     # -- loss and logprobs --------------------------------------------------------------------------------------
 
@@ -141,9 +145,10 @@ class PolicyModule(lightning.LightningModule):
             return evaluate(objective, self._custom_inputs(batch, objective))
         fixed = (targets.old_logprobs, targets.advantages, targets.mask, targets.trajectory_ids, objective)
         if policy.has_linear_head:
-            weight, bias = policy.head
+            hidden = self._hidden_rows(batch)
+            weight, bias = policy.head  # after the layers ran: until then it may lie in pieces on several ranks
             return fused_linear_policy_loss(
-                self._hidden_rows(batch),
+                hidden,
                 weight,
                 targets.targets,
                 *fixed,
@@ -242,9 +247,10 @@ class PolicyModule(lightning.LightningModule):
             return self._logprobs_by_tiles(batch, policy, rows_per_tile)
         if not policy.has_linear_head:
             return self._logprobs_of_logits(batch, policy)[0]
-        weight, bias = policy.head
+        hidden = self._hidden_rows(batch, policy)
+        weight, bias = policy.head  # as above
         return linear_logprobs(
-            self._hidden_rows(batch, policy),
+            hidden,
             weight,
             targets.targets,
             bias=bias,
@@ -326,7 +332,7 @@ class PolicyModule(lightning.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Measure the gradient before it is clipped."""
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self.last_grad_norm = torch.nn.utils.get_total_norm(grads)
+        self.last_grad_norm = gradient_norm(grads)
         share = 1.0 / self.trainer.world_size  # every rank takes the step, and what they tell is summed
         used = float(optimizer.param_groups[0]["lr"])
         if not (math.isfinite(used) and used >= 0):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -23,8 +24,9 @@ from fitrl.errors import CheckpointError, InvalidArgumentError, NothingAccumulat
 from fitrl.objective.objective import CustomObjective, Objective
 from fitrl.policy import checkpoints, random_state
 from fitrl.policy.attention import attention_kernels
-from fitrl.policy.loading import load_weights, save_weights
+from fitrl.policy.loading import load_weights, save_weights, trained_state
 from fitrl.policy.module import PolicyModule
+from fitrl.policy.sharding import like, whole
 from fitrl.protocols.results import (
     ForwardBackwardResult,
     OptimStepResult,
@@ -57,6 +59,14 @@ class PolicyVerbs(Sticky):
         if not isinstance(module, PolicyModule) or not self.is_live:
             raise SessionError("no model is open: call trainer.open(model) or trainer.fit_rl(model, groups) first")
         return module
+
+    # -- the embedded sampler -----------------------------------------------------------------------------------
+
+    def lend_weights(self) -> None:
+        """Let a sampler in this process read the weights until the next step; a collective."""
+
+    def take_weights_back(self) -> None:
+        """Make the weights ready for training again; a collective, and nothing if they are."""
 
     # -- Lightning's hooks, counted -----------------------------------------------------------------------------
 
@@ -159,7 +169,10 @@ class PolicyVerbs(Sticky):
             weights_only=weights_only,
         )
         state = None if weights_only else self._state()
-        ranks.first(lambda: checkpoints.write(folder, manifest, lambda to: save_weights(module.policy, to), state))
+        weights = self._whole_weights()
+        ranks.first(
+            lambda: checkpoints.write(folder, manifest, lambda to: save_weights(module.policy, to, weights), state)
+        )
         if name is path is None and not weights_only:
             self.saved_step = step
         return str(folder)
@@ -198,6 +211,7 @@ class PolicyVerbs(Sticky):
                 "lora and base_model, or another name"
             )
         state = None if manifest.weights_only else checkpoints.read_state(folder)
+        self.take_weights_back()
         load_weights(module.policy, folder)
         self.clear_gradients()
         if state is None:
@@ -260,7 +274,21 @@ class PolicyVerbs(Sticky):
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The trained weights under the names of a saved checkpoint."""
+        self.take_weights_back()
         yield from self.policy_module.named_weights()
+
+    def _whole_weights(self) -> dict[str, Tensor] | None:
+        """The trained weights put together on rank 0; None where they never were in pieces."""
+        self.take_weights_back()
+        held = trained_state(self.policy_module.policy)
+        if not any(isinstance(tensor, DTensor) for tensor in held.values()):
+            return None
+        weights: dict[str, Tensor] = {}
+        for name, tensor in held.items():
+            together = whole(tensor)
+            if ranks.rank() == 0:
+                weights[name] = together.cpu()
+        return weights
 
     # -- resumable state ----------------------------------------------------------------------------------------
 
@@ -268,7 +296,7 @@ class PolicyVerbs(Sticky):
         """Everything beside the weights that the next step depends on; primitives and tensors only."""
         module = self.policy_module
         return {
-            "optimizer": _compat.raw_optimizer(self).state_dict(),
+            "optimizer": _whole_state(_compat.raw_optimizer(self)),
             "schedulers": [config.scheduler.state_dict() for config in self.lr_scheduler_configs],
             "precision": self.precision_plugin.state_dict(),
             "rng": [json.loads(text) for text in ranks.collect(json.dumps(random_state.capture(self.root_device)))],
@@ -276,13 +304,36 @@ class PolicyVerbs(Sticky):
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
-        _compat.raw_optimizer(self).load_state_dict(state["optimizer"])
+        _load_state(_compat.raw_optimizer(self), state["optimizer"])
         for config, saved in zip(self.lr_scheduler_configs, state["schedulers"], strict=True):
             config.scheduler.load_state_dict(saved)
         self.precision_plugin.load_state_dict(state["precision"])
         # one state for each rank that saved; a job of more ranks uses them again
         random_state.restore(state["rng"][ranks.rank() % len(state["rng"])], self.root_device)
         self.policy_module.reward_history = [(int(step), float(std)) for step, std in state["reward_history"]]
+
+
+def _whole_state(optimizer: Optimizer) -> dict[str, Any]:
+    """An optimizer's state in whole tensors, as one process would have it."""
+    state: dict[str, Any] = optimizer.state_dict()
+    kept = {
+        number: {name: whole(value) if isinstance(value, Tensor) else value for name, value in moments.items()}
+        for number, moments in state["state"].items()
+    }
+    return state | {"state": kept}
+
+
+def _load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Load an optimizer's state from whole tensors."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    cut = {
+        number: {
+            name: like(value, parameters[number]) if isinstance(value, Tensor) else value
+            for name, value in moments.items()
+        }
+        for number, moments in state["state"].items()
+    }
+    optimizer.load_state_dict(state | {"state": cut})
 
 
 def _fast_forward(scheduler: Any, step: int) -> None:

@@ -14,6 +14,7 @@ from fitrl.data.batch import Batch
 from fitrl.data.samples import Sample, num_positions
 from fitrl.errors import OutOfMemoryError
 from fitrl.policy.module import PolicyModule
+from fitrl.policy.sharding import own_numel
 
 _CPU_TOKENS = 8192
 _MOST_TOKENS = 65536
@@ -58,9 +59,9 @@ def _fits(module: PolicyModule, device: torch.device) -> int:
         torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     )
     trained = [parameter for parameter in policy.network.parameters() if parameter.requires_grad]
-    free -= sum(parameter.nbytes for parameter in trained if parameter.grad is None)
+    free -= sum(own_numel(parameter) * parameter.itemsize for parameter in trained if parameter.grad is None)
     if not module.has_moments:
-        free -= module.optimizer_settings.bytes_per_weight * sum(map(torch.numel, trained))
+        free -= module.optimizer_settings.bytes_per_weight * sum(map(own_numel, trained))
     # bytes of activations for each position, layer and hidden number, of Qwen3-0.6B under bf16-mixed on an H100
     # (benchmarks/update.py); uncompiled layers keep about 34 two-byte values (Korthikanti et al. 2022), some in float32
     kept = {(False, False): 120, (True, False): 52, (False, True): 8, (True, True): 12}

@@ -158,6 +158,7 @@ class SessionTrainer(lightning.Trainer):
         )
         self.verbs.keep_alive = True
         try:
+            _compat.announce(self, module)
             self.strategy.setup_environment()
             ranks.connect()
             self._interrupts.watch()
@@ -190,6 +191,7 @@ class SessionTrainer(lightning.Trainer):
                 version=self.global_step,
                 context=self.strategy.precision_plugin.forward_context,
             )
+        self.verbs.lend_weights()
         return session.sampler
 
     def validate(
@@ -296,6 +298,7 @@ class SessionTrainer(lightning.Trainer):
         if session is None:  # torn down on the way, see `_run_epoch`
             return
         if session.sampler is not None:
+            self.verbs.lend_weights()
             session.sampler.update((), self.global_step)
         if self._given_sampler is not None:
             self._given_sampler.update(self.verbs.named_weights(), self.global_step)

@@ -1,0 +1,110 @@
+"""`fitrl_fsdp2`: the policy's weights, gradients and moments in pieces over the ranks of a `torchrun` job.
+
+Each decoder layer is gathered when it runs and cut again after it; what is left, embeddings and output head among it,
+is gathered once for forward, loss and backward together.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from typing_extensions import override
+
+from fitrl import _compat
+from fitrl.errors import UnsupportedError
+from fitrl.policy.layers import decoder_layers
+from fitrl.policy.loading import Policy
+from fitrl.policy.sharding import Root
+from fitrl.strategies.verbs import PolicyVerbs
+
+
+class FSDP2Strategy(PolicyVerbs, ModelParallelStrategy):
+    """Fully sharded data parallel (Zhao et al. 2023), Lightning's `ModelParallelStrategy`; registered as `fitrl_fsdp2`.
+
+    gloo on CPUs, NCCL on GPUs. `fit_rl` splits the microbatches of each optimizer step over the ranks, equally many for
+    each, and the gradient is that of one process. The embedded sampler needs whole weights: they are gathered for it
+    when it is handed out and after each call, and cut again before the next step.
+
+    Args:
+        offload: keep weights, gradients and moments in the host's memory; each layer visits the device.
+        **kwargs: of Lightning's `ModelParallelStrategy`, but for the sizes of the mesh.
+    """
+
+    strategy_name = "fitrl_fsdp2"
+
+    def __init__(self, *, offload: bool = False, **kwargs: Any) -> None:
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, **kwargs)
+        self.offload = offload
+        self._lent = False
+
+    @override
+    def setup_environment(self) -> None:
+        _compat.set_data_parallel_size(self)
+        super().setup_environment()
+
+    @override
+    def model_to_device(self) -> None:
+        if not self.offload:
+            super().model_to_device()
+
+    # -- what PolicyModule asks for -----------------------------------------------------------------------------
+
+    def shard(self, policy: Policy, *, precision: str, moments: str) -> None:
+        """Cut a policy that was just loaded, the same on every rank, into this rank's pieces.
+
+        Args:
+            policy: on the CPU.
+            precision: Lightning's; under "bf16-mixed" decoder layers are gathered in bfloat16, which is what they
+                multiply in, and their gradients are summed in float32.
+            moments: of AdamW; bitsandbytes' cannot be cut.
+        """
+        if moments != "float32":
+            raise UnsupportedError(
+                f"AdamWSettings(moments={moments!r}) cannot be sharded: take 'float32' with strategy='fitrl_fsdp2', or "
+                "strategy='fitrl_ddp'"
+            )
+        options: dict[str, Any] = {"mesh": self.device_mesh["data_parallel"]}
+        if self.offload:
+            options["offload_policy"] = CPUOffloadPolicy(pin_memory=self.root_device.type == "cuda")
+        narrow = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+        inner = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for layer in decoder_layers(policy):
+            fully_shard(layer, mp_policy=inner if narrow is not None else MixedPrecisionPolicy(), **options)
+        root: Any = fully_shard(Root(policy.network), reshard_after_forward=False, **options)
+        policy.root = root
+
+    # -- whole weights for the embedded sampler -----------------------------------------------------------------
+
+    @override
+    def lend_weights(self) -> None:
+        for module in self._sharded():
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
+        self._lent = True
+
+    @override
+    def take_weights_back(self) -> None:
+        if not self._lent:
+            return
+        for module in self._sharded():
+            module.set_reshard_after_forward(not isinstance(module, Root), recurse=False)
+            module.reshard()
+        self._lent = False
+
+    def _sharded(self) -> list[FSDPModule]:
+        root = self.policy_module.policy.root
+        assert root is not None  # set by `shard`
+        return [module for module in root.modules() if isinstance(module, FSDPModule)]
+
+    @override
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        self.take_weights_back()  # every forward starts here
+        return super().batch_to_device(batch, device, dataloader_idx)
+
+    @override
+    def close(self) -> None:
+        self._lent = False
+        super().close()
