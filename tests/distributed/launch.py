@@ -21,11 +21,13 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])}
 
 
-def torchrun(script: str, *arguments: str, ranks: int = 2, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:
-    """Run a script and wait for it."""
+def torchrun(
+    script: str, *arguments: str, ranks: int = 2, timeout: float = 300.0, variables: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a script and wait for it; in this environment, or in `variables`."""
     return subprocess.run(
         command(script, *arguments, ranks=ranks),
-        env=environment(),
+        env=environment() if variables is None else variables,
         capture_output=True,
         text=True,
         timeout=timeout,

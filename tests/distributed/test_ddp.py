@@ -1,4 +1,4 @@
-"""`fitrl_ddp` on two gloo ranks against one process: the same gradients, one log, one checkpoint."""
+"""`fitrl_ddp` and `fitrl_fsdp2` on two gloo ranks against one process: the same gradients, one log, one checkpoint."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory) -> dict[str, Any]:
-    """What one process and each of two ranks saw, all from one run of each."""
-    folder = tmp_path_factory.mktemp("ddp")
+def alone(tmp_path_factory) -> Path:
+    """What one process saw."""
+    folder = tmp_path_factory.mktemp("one")
     alone = subprocess.run(
         [sys.executable, str(HERE / "ddp_worker.py"), str(folder / "one")],
         env=environment(),
@@ -31,10 +31,19 @@ def seen(tmp_path_factory) -> dict[str, Any]:
         check=False,
     )
     assert alone.returncode == 0, alone.stderr
-    ranks = torchrun("ddp_worker.py", str(folder / "two"))
+    return folder / "one"
+
+
+@pytest.fixture(scope="module", params=["fitrl_ddp", "fitrl_fsdp2"])
+def seen(request, tmp_path_factory, alone) -> dict[str, Any]:
+    """What one process and each of two ranks saw."""
+    folder = tmp_path_factory.mktemp("two")
+    ranks = torchrun(
+        "ddp_worker.py", str(folder / "two"), variables=environment() | {"FITRL_TEST_STRATEGY": request.param}
+    )
     assert ranks.returncode == 0, ranks.stderr
-    files = {name: json.loads((folder / name).read_text()) for name in ("one", "two.0", "two.1")}
-    return files | {"folder": folder}
+    files = {"one": alone, "two.0": folder / "two.0", "two.1": folder / "two.1"}
+    return {name: json.loads(path.read_text()) for name, path in files.items()} | {"folder": folder}
 
 
 @pytest.mark.parametrize("case", CASES)

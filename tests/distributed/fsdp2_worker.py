@@ -1,0 +1,147 @@
+"""What each rank of the FSDP2 tests does, and one process for comparison: writes what it saw as JSON.
+
+python fsdp2_worker.py OUTPUT        one process, `fitrl_local`
+torchrun ... fsdp2_worker.py OUTPUT  several ranks, `fitrl_fsdp2`; each writes OUTPUT.<rank>
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+import fitrl
+from distributed.ddp_worker import ACCELERATOR, KeepGradients, digest
+from fitrl.demo import TASKS, correct
+from fitrl.policy.sharding import own_numel
+from fitrl.strategies.fsdp2 import FSDP2Strategy
+from samples import make_groups
+
+SEVERAL = int(os.environ.get("WORLD_SIZE", "1")) > 1
+CASES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "adapters": {"lora": fitrl.LoraSettings(rank=4)},
+    "full, recomputed": {"activation_checkpointing": True},
+    "adapters, recomputed, offloaded": {
+        "precision": "32-true",
+        "lora": fitrl.LoraSettings(rank=4),
+        "activation_checkpointing": True,
+        "offload": True,
+    },
+    "float32, compiled": {"precision": "32-true", "compile": True},
+    "bfloat16": {"precision": "bf16-mixed"},
+}
+
+
+def open_trainer(
+    *callbacks: Any, offload: bool = False, precision: str = "64-true", local: bool = False, **options: Any
+) -> fitrl.LocalTrainer:
+    several = SEVERAL and not local
+    return fitrl.LocalTrainer(
+        accelerator=ACCELERATOR,
+        devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if several else 1,
+        # Lightning takes float64 with a strategy's name only, not with an instance
+        strategy="fitrl_local" if not several else FSDP2Strategy(offload=True) if offload else "fitrl_fsdp2",
+        precision=precision,
+        callbacks=list(callbacks),
+        gradient_clip_val=0.5,
+        enable_model_summary=False,
+        **options,
+    )
+
+
+def train(root: Path) -> dict[str, Any]:
+    """Every case: gradients of two calls, what this rank holds, the weights that come out."""
+    seen: dict[str, Any] = {}
+    for number, (name, options) in enumerate(CASES.items()):
+        options = dict(options)
+        model = fitrl.TrainableModel(f"case-{number}", "fsdp2", "tiny", lora=options.pop("lora", None), root=root)
+        keep = KeepGradients()
+        with open_trainer(keep, **options) as trainer:
+            for seed in (1, 2):
+                result = trainer.fit_rl(model, make_groups(seed=seed), learning_rate=1e-3, max_tokens_per_microbatch=60)
+            parameters = list(trainer.verbs.policy_module.network.parameters())
+            seen[name] = {
+                "gradients": keep.steps,
+                "in pieces": all(isinstance(parameter, DTensor) for parameter in parameters),
+                "own": sum(map(own_numel, parameters)),
+                "all": sum(parameter.numel() for parameter in parameters),
+                "names": {name: list(tensor.shape) for name, tensor in trainer.verbs.named_weights()},
+                "digest": digest(trainer),
+                "checkpoint": str(result.checkpoint_path),
+                "memory": str(next(iter(parameters)).device),
+            }
+    return seen
+
+
+def sample_between(root: Path) -> dict[str, Any]:
+    """The embedded sampler reads whole weights between calls, whatever each rank samples; steps go on as before."""
+    model = fitrl.TrainableModel("sampled", "fsdp2", "tiny", lora=None, root=root)
+    keep = KeepGradients()
+    seen: dict[str, Any] = {"groups": []}
+    with open_trainer(keep) as trainer:
+        for call in range(3):
+            groups = fitrl.rollout(
+                trainer.sampler(model), TASKS[:7], reward=correct, group_size=3, max_new_tokens=4, seed=call
+            )
+            seen["groups"] += [group.to_json() for group in groups]
+            trainer.fit_rl(model, make_groups(seed=call), learning_rate=1e-3)
+            if call == 1:  # by hand, right after sampling
+                verbs = trainer.open(model)
+                samples = fitrl.build_samples(make_groups(seed=9), fitrl.load_tokenizer("tiny"))
+                rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+                for batch in fitrl.pack(samples.flat, num_batches=2)[rank::size]:
+                    verbs.forward_backward(batch)
+                seen["by hand"] = verbs.optim_step(learning_rate=1e-3).grad_norm
+        seen["digest"] = digest(trainer)
+    seen["gradients"] = keep.steps
+    return seen
+
+
+def resume(root: Path) -> dict[str, Any]:
+    """Two calls, and a third in a new session."""
+    seen: dict[str, Any] = {}
+    for lora in (None, fitrl.LoraSettings(rank=4)):
+        keep = KeepGradients()
+        name = "full" if lora is None else "adapters"
+        for seeds in ((1, 2), (3,)):
+            model = fitrl.TrainableModel(f"resume-{name}", "fsdp2", "tiny", lora=lora, root=root)
+            with open_trainer(keep) as trainer:
+                for seed in seeds:
+                    result = trainer.fit_rl(model, make_groups(seed=seed), learning_rate=1e-3)
+                end = digest(trainer)
+        seen[name] = {"gradients": keep.steps, "digest": end, "checkpoint": str(result.checkpoint_path)}
+    return seen
+
+
+def refused(root: Path) -> str:
+    """What cannot be cut into pieces."""
+    model = fitrl.TrainableModel("refused", "fsdp2", "tiny", lora=None, root=root)
+    with open_trainer(optimizer=fitrl.AdamWSettings(moments="8bit")) as trainer:
+        try:
+            trainer.open(model)
+        except fitrl.FitRLError as error:
+            return f"{type(error).__name__}: {error}"
+    return "taken"
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    output = Path(sys.argv[1])
+    root = output.parent / f"{output.name}.runs"
+    seen: dict[str, Any] = {"train": train(root), "sampled": sample_between(root), "resumed": resume(root)}
+    seen["refused"] = refused(root)
+    plain = AutoModelForCausalLM.from_pretrained(seen["train"]["full"]["checkpoint"])
+    seen["saved"] = {name: list(tensor.shape) for name, tensor in plain.state_dict().items()}
+    suffix = f".{os.environ['RANK']}" if SEVERAL else ""
+    output.with_name(output.name + suffix).write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main()
