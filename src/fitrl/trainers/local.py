@@ -29,7 +29,8 @@ class LocalTrainer(RLTrainer):
     """Train in this process, with transformers and PEFT; a `lightning.Trainer`.
 
     Args:
-        strategy: "fitrl_local", one device; "fitrl_ddp", one process for each device, started with `torchrun`.
+        strategy: "fitrl_local", one device; started with `torchrun`, one process for each device, "fitrl_ddp" or, with
+            the weights in pieces, "fitrl_fsdp2".
         optimizer: AdamW's settings, but for the learning rate; its moments may take 8 bits.
         lr_schedule: factor on the learning rate, by optimizer steps taken.
         compile: compile the decoder layers, one graph for all of them and all batch shapes; the first call takes some

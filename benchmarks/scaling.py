@@ -1,0 +1,180 @@
+"""One device against several: `fitrl_ddp` and `fitrl_fsdp2` on Qwen3's shapes, the same groups.
+
+Random weights, made-up token ids (`update.py`). A timed update is a whole call of `fit_rl` but for the checkpoint. Each
+run is a job of its own, one process or `torchrun`; the gradient's norm of the first call is compared with one device's.
+
+    python benchmarks/scaling.py [--ranks 2] [--output benchmarks/results]     on a machine with so many GPUs
+    python benchmarks/scaling.py --tiny                                        whether it runs, on CPUs
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+import transformers
+
+import fitrl
+from update import Case, _commit, _synchronize, groups_of, random_weights
+
+RUNS = (
+    ("0.6B full", Case("0.6B full", "0.6B", "uneven"), ("fitrl_local", "fitrl_ddp", "fitrl_fsdp2")),
+    (
+        "4B LoRA r16, recomputed",
+        Case("4B LoRA", "4B", "uneven", lora=True, checkpointing=True),
+        ("fitrl_local", "fitrl_ddp", "fitrl_fsdp2"),
+    ),
+    ("4B full, recomputed", Case("4B full", "4B", "uneven", checkpointing=True), ("fitrl_fsdp2",)),
+)
+
+
+def main() -> None:
+    """Run every job, print a table, write it down when asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="a small model on CPUs, not compiled: whether it runs")
+    parser.add_argument("--ranks", type=int, default=2, help="devices of the larger jobs")
+    parser.add_argument("--repeats", type=int, default=4, help="timed updates")
+    parser.add_argument("--output", type=Path, help="folder for scaling.md and .json")
+    parser.add_argument("--job", nargs=2, metavar=("RUN", "STRATEGY"), help="used for the jobs: one of them")
+    options = parser.parse_args()
+    if options.job:
+        job(int(options.job[0]), options.job[1], options)
+        return
+    rows: list[dict[str, Any]] = []
+    for number, (name, _, strategies) in enumerate(RUNS):
+        for strategy in strategies:
+            row = {"run": name, "strategy": strategy, "devices": 1 if strategy == "fitrl_local" else options.ranks}
+            row |= start(number, strategy, options)
+            one = next((other for other in rows if other["run"] == name and other["devices"] == 1), None)
+            if one is not None and "ms" in row and "ms" in one:
+                row["of one"] = one["ms"] / row["ms"]
+                row["norm error"] = abs(row["norm"] / one["norm"] - 1)
+            rows.append(row)
+            print(row, file=sys.stderr, flush=True)
+    told = {
+        "hardware": f"{options.ranks} x {torch.cuda.get_device_name()}"
+        if torch.cuda.is_available()
+        else f"{platform.machine()} CPU",
+        "versions": f"python {platform.python_version()}, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}, lightning {lightning.__version__}, fitrl {fitrl.__version__}",
+        "commit": _commit(),
+        "command": "python " + " ".join(sys.argv),
+    }
+    text = table(rows) + "".join(f"* {key}: {value}\n" for key, value in told.items())
+    print(text)
+    if options.output is not None:
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / "scaling.md").write_text("# One device against several\n\n" + text)
+        (options.output / "scaling.json").write_text(json.dumps({"rows": rows} | told, indent=1) + "\n")
+
+
+def start(number: int, strategy: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Run one job and read what its first rank wrote."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "told"
+        launcher = [sys.executable]
+        if strategy != "fitrl_local":
+            launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(options.ranks)]
+        flags = ["--job", str(number), strategy, "--repeats", str(options.repeats), "--output", str(path)]
+        flags += ["--tiny"] if options.tiny else []
+        done = subprocess.run([*launcher, __file__, *flags], capture_output=True, text=True, check=False)
+        if done.returncode:
+            return {"error": done.stderr.strip().splitlines()[-1][:200] if done.stderr.strip() else "no word"}
+        told: dict[str, Any] = json.loads(path.read_text())
+        return told
+
+
+def job(number: int, strategy: str, options: argparse.Namespace) -> None:
+    """One job, on every rank: update, time, let rank 0 write."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    gpu = torch.cuda.is_available() and not options.tiny
+    case = RUNS[number][1]
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)
+    draw = random.Random(0)
+    cut = 64 if options.tiny else 1
+    found = [
+        [
+            (stem, [draw.randrange(1000) for _ in range(draw.randint(256, 2048) // cut + 2)])
+            for stem in [[draw.randrange(1000) for _ in range(256 // cut)]]
+            for _ in range(8)
+        ]
+        for _ in range(8)
+    ]
+    tokens = sum(len(prompt) + len(answer) for group in found for prompt, answer in group)
+    # every rank makes the same weights
+    torch.manual_seed(0)
+    with (
+        random_weights("tiny" if options.tiny else case.shape, device, share=True),
+        tempfile.TemporaryDirectory() as root,
+        fitrl.LocalTrainer(
+            accelerator="gpu" if gpu else "cpu",
+            devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            strategy=strategy,
+            precision="bf16-mixed" if gpu else "32-true",
+            gradient_clip_val=1.0,
+            compile=gpu,
+            activation_checkpointing=case.checkpointing,
+            enable_model_summary=False,
+        ) as trainer,
+    ):
+        lora = fitrl.LoraSettings(rank=16, alpha=32) if case.lora else None
+        # rank 0's folder; the others never write
+        model = fitrl.TrainableModel("scaling", "benchmarks", "random", lora=lora, root=root)
+
+        def update() -> tuple[float, Any]:
+            _synchronize(device)
+            start = time.perf_counter()
+            result = trainer.fit_rl(
+                model,
+                groups_of(found),
+                learning_rate=1e-6,
+                save_checkpoint=False,
+                max_tokens_per_microbatch=16384 // cut,
+            )
+            _synchronize(device)
+            return time.perf_counter() - start, result
+
+        _, first = update()
+        update()
+        taken = statistics.median(update()[0] for _ in range(options.repeats))
+        if trainer.is_global_zero:
+            told = {"ms": 1e3 * taken, "tokens/s": tokens / taken, "norm": first.metrics["loss/grad_norm"]}
+            if gpu:
+                told["peak GiB"] = torch.cuda.max_memory_allocated(device) / 2**30
+            options.output.write_text(json.dumps(told))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as markdown."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+
+    def cell(value: Any) -> str:
+        if not isinstance(value, float):
+            return str(value)
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+    lines = [" | ".join(names), " | ".join("---" for _ in names)]
+    lines += [" | ".join(cell(row.get(name, "")) for name in names) for row in rows]
+    return "".join(f"| {line} |\n" for line in lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
