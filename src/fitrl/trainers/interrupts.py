@@ -1,7 +1,8 @@
 """Ctrl-C, SIGTERM and cancellation: the optimizer step under way is finished, then the call stops.
 
 Between calls one process leaves at once, by an exception, so that `with trainer` saves; a rank of several waits for
-the next call, where all of them agree, because one that leaves would keep the others waiting.
+the next call, where all of them agree, because one that leaves would keep the others waiting. Once a rank has died
+there is nothing to agree on: see `fitrl.data.lifeline`.
 """
 
 from __future__ import annotations
@@ -133,6 +134,10 @@ class Interrupts(Callback):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if ranks.lost() is not None:  # no step will end any more; a checkpoint that is being written may
+            if ranks.is_overdue():
+                raise ranks.lost_error()
+            return
         if self._before is None and ranks.world_size() == 1:
             raise SystemExit(128 + number)
         if self.received is not None:

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import lightning
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.strategies import Strategy
 
@@ -63,8 +64,8 @@ class SessionTrainer(lightning.Trainer):
             `max_epochs=-1`.
 
     Raises:
-        InvalidArgumentError: a strategy without the verbs of `PolicyTrainer`, or one for several processes in a
-            script that was not started with `torchrun`.
+        InvalidArgumentError: a strategy without the verbs of `PolicyTrainer`, one for several processes in a script
+            that was not started with `torchrun` or `srun`, or other `devices` and `num_nodes` than were started.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class SessionTrainer(lightning.Trainer):
                 f"{type(self).__name__} needs a strategy of fitrl, got {type(self.strategy).__name__}: pass "
                 "strategy='fitrl_local'"
             )
-        self._refuse_other_launchers()
+        self._check_processes()
         self._optimizer_settings = optimizer
         self._lr_schedule = lr_schedule
         self._compile = compile
@@ -263,26 +264,35 @@ class SessionTrainer(lightning.Trainer):
         self._lock = RunLock(model.run_dir)
         tidy(model.checkpoints_dir)
 
-    def _refuse_other_launchers(self) -> None:
-        """Let only `torchrun`, or a scheduler like it, start several processes.
+    def _check_processes(self) -> None:
+        """Let only `torchrun`, or a scheduler like it, start several processes, and as many as the trainer counts on.
 
         Lightning's own launchers run the whole script again on each rank, rollouts and all, from its start.
         """
-        several = int(os.environ.get("WORLD_SIZE", "1"))
-        if "TORCHELASTIC_RUN_ID" in os.environ and several > 1 and self.world_size == 1:
+        launcher, local, nodes = _started()
+        strategy = type(self.strategy).__name__
+        if launcher and local * nodes > 1 and self.world_size == 1:
             raise InvalidArgumentError(
-                f"torchrun started {several} processes, and {type(self.strategy).__name__} trains with one: pass "
-                "strategy='fitrl_ddp'"
+                f"{launcher} started {local * nodes} processes, and {strategy} trains with one: pass "
+                f"strategy='fitrl_ddp', devices={local}, num_nodes={nodes}"
             )
         environment = getattr(self.strategy, "cluster_environment", None)
-        if self.strategy.launcher is None or (environment is not None and environment.creates_processes_externally):
+        if self.strategy.launcher is None:
+            return
+        if environment is not None and environment.creates_processes_externally:
+            if launcher and (self.num_devices, self.num_nodes) != (local, nodes):
+                raise InvalidArgumentError(
+                    f"{launcher} started {local} processes on each of {nodes} nodes, and the trainer has devices="
+                    f"{self.num_devices}, num_nodes={self.num_nodes}: pass devices={local}, num_nodes={nodes}"
+                )
             return
         program = Path(sys.argv[0]).name or "script.py"
         if program in ("fitrl", "__main__.py"):
             program = "-m fitrl fit_rl ..."
+        several = f"--nnodes {self.num_nodes} " if self.num_nodes > 1 else ""
         raise InvalidArgumentError(
-            f"{type(self.strategy).__name__} trains with several processes, which torchrun starts: run "
-            f"'torchrun --nproc_per_node {max(1, self.num_devices)} {program}'"
+            f"{strategy} trains with several processes, which torchrun starts: run "
+            f"'torchrun {several}--nproc_per_node {max(1, self.num_devices)} {program}'"
         )
 
     def _require_session(self) -> _Session:
@@ -315,6 +325,18 @@ class SessionTrainer(lightning.Trainer):
                 file=sys.stderr,
                 flush=True,
             )
+
+
+def _started() -> tuple[str, int, int]:
+    """Who started this process, processes on each node, and nodes; no name if nobody did who starts several."""
+    if TorchElasticEnvironment.detect():
+        size, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        return "torchrun", local, size // local
+    # a batch script that calls python itself has one process, whatever the job asked for
+    if SLURMEnvironment.detect() and "SLURM_STEP_ID" in os.environ:
+        size, nodes = int(os.environ["SLURM_NTASKS"]), int(os.environ.get("SLURM_NNODES", "1"))
+        return "srun", size // nodes, nodes
+    return "", 1, 1
 
 
 class _SummaryOnce(ModelSummary):
