@@ -67,8 +67,14 @@ def test_a_killed_rank_ends_the_job_which_resumes_exactly(place, rank, saved, va
     assert [step for step, _ in list_checkpoints(checkpoints)] == [saved]
     assert verify(checkpoints / f"{saved:04d}").step == saved
     shutil.copytree(tmp_path / "2", tmp_path / "1")
-    for launcher, size in ((standalone(2), "2"), ([sys.executable], "1")):
-        outputs(start(launcher, "steps_worker.py", str(tmp_path / size), "run", STEPS, variables=variables))
+    sizes = {"2": standalone(2), "1": [sys.executable]}
+    outputs(
+        *(
+            start(launcher, "steps_worker.py", str(tmp_path / size), "run", STEPS, variables=variables)
+            for size, launcher in sizes.items()
+        )
+    )
+    for size in sizes:
         seen = outcome(tmp_path / size, "run")
         assert seen["size"] == int(size) and seen["resumed"] == saved
         compare(seen, undisturbed)

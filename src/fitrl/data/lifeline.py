@@ -91,9 +91,9 @@ class Lifeline:
             self._tell(rank, how)
         who = self._who[rank]
         self.lost = f"rank {rank} (process {who['process']} on {who['host']}) {how}"
-        self._heard.set()
         note = f"fitrl: {self.lost}; rank {self._rank} cannot go on without it\n"
         os.write(2, note.encode())  # print may be under way on the main thread
+        self._heard.set()  # from here on the main thread may end the process
         time.sleep(GRACE_S)
         self.is_overdue = True
         if callable(signal.getsignal(signal.SIGTERM)):
@@ -126,7 +126,7 @@ class Lifeline:
 
     def _say_goodbye(self) -> None:
         """Tell the others that this process ends; without an exception that is no loss."""
-        error = sys.last_value if hasattr(sys, "last_value") else None  # what ends the main thread, if anything
+        error = getattr(sys, "last_value", None)  # what ends the script, if anything
         if self.lost is None:
             self._tell(self._rank, "" if error is None else f"ended with {type(error).__name__}: {error}")
 
