@@ -125,10 +125,11 @@ class Lifeline:
         return None
 
     def _say_goodbye(self) -> None:
-        """Tell the others that this process ends; without an exception that is no loss."""
-        error = getattr(sys, "last_value", None)  # what ends the script, if anything
+        """Tell the others that this process ends; that is a loss only where an exception ended the script."""
+        error = getattr(sys, "last_value", None)
+        failed = isinstance(error, Exception)  # Ctrl-C is told to all
         if self.lost is None:
-            self._tell(self._rank, "" if error is None else f"ended with {type(error).__name__}: {error}")
+            self._tell(self._rank, f"ended with {type(error).__name__}: {error}" if failed else "")
 
     def _tell(self, rank: int, how: str) -> None:
         message = json.dumps({"rank": rank, "how": how}).encode() + b"\n"

@@ -107,6 +107,8 @@ class SessionTrainer(lightning.Trainer):
                 "strategy='fitrl_local'"
             )
         self._check_processes()
+        if (requeue := _compat.take_requeue_signal(self)) is not None:
+            self._interrupts.signals.append(requeue)
         self._optimizer_settings = optimizer
         self._lr_schedule = lr_schedule
         self._compile = compile
