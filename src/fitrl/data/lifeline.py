@@ -35,7 +35,7 @@ class Lifeline:
 
     When a rank dies, the others write its name to standard error. A rank that has not ended by itself after `GRACE_S`
     is sent SIGTERM where a handler in Python waits for it, and after another `GRACE_S` it ends with exit status 1:
-    nothing that it waits for can come any more.
+    nothing that it waits for can come any more. Once rank 0 has ended as it should, no news is passed on.
 
     Args:
         rank: this process's number.
