@@ -110,6 +110,8 @@ def test_a_batch_script_without_srun_is_one_process(monkeypatch) -> None:
         monkeypatch.setenv(variable, value)
     monkeypatch.delenv("SLURM_STEP_ID")
     assert fitrl.LocalTrainer(accelerator="cpu", devices=1).world_size == 1
+    with pytest.raises(InvalidArgumentError, match="has 2 tasks, and this process is none of them: .* 'srun"):
+        fitrl.LocalTrainer(accelerator="cpu", strategy="fitrl_ddp", devices=2)
 
 
 def test_nodes_without_a_launcher_are_refused_with_the_command() -> None:

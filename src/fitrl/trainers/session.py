@@ -6,7 +6,6 @@ one at most, and a run folder one trainer.
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -17,8 +16,6 @@ from types import TracebackType
 from typing import Any, Self
 
 import lightning
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.strategies import Strategy
 
@@ -35,6 +32,7 @@ from fitrl.rollout.sampler import Sampler
 from fitrl.rollout.transformers import TransformersSampler
 from fitrl.strategies.verbs import PolicyVerbs
 from fitrl.trainers.interrupts import Interrupts
+from fitrl.trainers.launched import check_processes
 from fitrl.trainers.progress import RewardProgressBar
 
 
@@ -106,7 +104,7 @@ class SessionTrainer(lightning.Trainer):
                 f"{type(self).__name__} needs a strategy of fitrl, got {type(self.strategy).__name__}: pass "
                 "strategy='fitrl_local'"
             )
-        self._check_processes()
+        check_processes(self)
         if (requeue := _compat.take_requeue_signal(self)) is not None:
             self._interrupts.signals.append(requeue)
         self._optimizer_settings = optimizer
@@ -267,37 +265,6 @@ class SessionTrainer(lightning.Trainer):
         self._lock = RunLock(model.run_dir)
         tidy(model.checkpoints_dir)
 
-    def _check_processes(self) -> None:
-        """Let only `torchrun`, or a scheduler like it, start several processes, and as many as the trainer counts on.
-
-        Lightning's own launchers run the whole script again on each rank, rollouts and all, from its start.
-        """
-        launcher, local, nodes = _started()
-        strategy = type(self.strategy).__name__
-        if launcher and local * nodes > 1 and self.world_size == 1:
-            raise InvalidArgumentError(
-                f"{launcher} started {local * nodes} processes, and {strategy} trains with one: pass "
-                f"strategy='fitrl_ddp', devices={local}, num_nodes={nodes}"
-            )
-        environment = getattr(self.strategy, "cluster_environment", None)
-        if self.strategy.launcher is None:
-            return
-        if environment is not None and environment.creates_processes_externally:
-            if launcher and (self.num_devices, self.num_nodes) != (local, nodes):
-                raise InvalidArgumentError(
-                    f"{launcher} started {local} processes on each of {nodes} nodes, and the trainer has devices="
-                    f"{self.num_devices}, num_nodes={self.num_nodes}: pass devices={local}, num_nodes={nodes}"
-                )
-            return
-        program = Path(sys.argv[0]).name or "script.py"
-        if program in ("fitrl", "__main__.py"):
-            program = "-m fitrl fit_rl ..."
-        several = f"--nnodes {self.num_nodes} " if self.num_nodes > 1 else ""
-        raise InvalidArgumentError(
-            f"{strategy} trains with several processes, which torchrun starts: run "
-            f"'torchrun {several}--nproc_per_node {max(1, self.num_devices)} {program}'"
-        )
-
     def _require_session(self) -> _Session:
         if self._session is None:
             raise SessionError("no model is open: call trainer.open(model) first")
@@ -328,18 +295,6 @@ class SessionTrainer(lightning.Trainer):
                 file=sys.stderr,
                 flush=True,
             )
-
-
-def _started() -> tuple[str, int, int]:
-    """Who started this process, processes on each node, and nodes; no name if nobody did who starts several."""
-    if TorchElasticEnvironment.detect():
-        size, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
-        return "torchrun", local, size // local
-    # a batch script that calls python itself has one process, whatever the job asked for
-    if SLURMEnvironment.detect() and "SLURM_STEP_ID" in os.environ:
-        size, nodes = int(os.environ["SLURM_NTASKS"]), int(os.environ.get("SLURM_NNODES", "1"))
-        return "srun", size // nodes, nodes
-    return "", 1, 1
 
 
 class _SummaryOnce(ModelSummary):
