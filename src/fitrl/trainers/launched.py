@@ -39,8 +39,8 @@ def check_processes(trainer: lightning.Trainer) -> None:
             )
         if not launcher and isinstance(environment, SLURMEnvironment) and trainer.world_size > 1:
             raise InvalidArgumentError(
-                f"the SLURM job has {trainer.world_size} tasks, and this process is none of them: start the script with "
-                "'srun --kill-on-bad-exit=1 python ...'"
+                f"the SLURM job has {trainer.world_size} tasks, and this process is none of them: start the script "
+                "with 'srun --kill-on-bad-exit=1 python ...'"
             )
         return
     program = Path(sys.argv[0]).name or "script.py"
