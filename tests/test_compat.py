@@ -4,6 +4,7 @@ import ast
 import gc
 import inspect
 import logging
+import signal
 import warnings
 import weakref
 
@@ -282,6 +283,28 @@ def test_the_missing_validation_loop_is_not_worth_a_warning(trainer, module) -> 
         _compat.allow_one_more_epoch(trainer)
         trainer.fit(module, train_dataloaders=feed())
         assert not any("no `val_dataloader`" in str(warning.message) for warning in seen)
+
+
+def test_slurms_requeue_signal_is_taken_from_lightning(tmp_path, module, monkeypatch) -> None:
+    assert _compat.take_requeue_signal(make_trainer(False)) is None  # no SLURM
+    for name in ("NTASKS", "NNODES"):
+        monkeypatch.setenv(f"SLURM_{name}", "1")
+    for name in ("PROCID", "LOCALID", "NODEID"):
+        monkeypatch.setenv(f"SLURM_{name}", "0")
+    before, seen = signal.getsignal(signal.SIGUSR1), []
+
+    class Looks(lightning.Callback):
+        def on_train_start(self, trainer, pl_module) -> None:
+            seen.append(signal.getsignal(signal.SIGUSR1))
+
+    for take in (False, True):
+        trainer = make_trainer(False, callbacks=[Looks()])
+        if take:
+            assert _compat.take_requeue_signal(trainer) is signal.SIGUSR1
+            assert _compat.take_requeue_signal(trainer) is None  # taken
+        _compat.allow_one_more_epoch(trainer)
+        trainer.fit(module, train_dataloaders=feed())
+    assert seen[0] != before and seen[1] == before
 
 
 # -- loggers ----------------------------------------------------------------------------------------------------------

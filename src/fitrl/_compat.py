@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import lightning
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer import call
@@ -121,6 +123,19 @@ def epochs_processed(trainer: lightning.Trainer) -> int:
     """Epochs that `fit` has run so far."""
     progress: Any = trainer.fit_loop.epoch_progress.current
     return int(progress.processed)
+
+
+def take_requeue_signal(trainer: lightning.Trainer) -> signal.Signals | None:
+    """Take over the signal that SLURM sends before a job's time is up; None if Lightning does not listen for it.
+
+    Lightning would answer it with a checkpoint of its own, which every later `fit` in that folder loads again: each
+    call of `fit_rl` would start from there.
+    """
+    environment = trainer._accelerator_connector.cluster_environment
+    if not isinstance(environment, SLURMEnvironment) or not environment.auto_requeue:
+        return None
+    environment.auto_requeue = False
+    return environment.requeue_signal
 
 
 def hold_loggers(trainer: lightning.Trainer) -> None:

@@ -45,6 +45,10 @@ class RankError(FitRLError, RuntimeError):
     """Another process of the job failed; the message says which one and how."""
 
 
+class RankLostError(RankError):
+    """Another process of the job has died; the message names it. This one cannot go on and has to end."""
+
+
 class NothingAccumulatedError(FitRLError, RuntimeError):
     """`optim_step` was called before any `forward_backward`."""
 

@@ -58,6 +58,19 @@ def test_a_signal_finishes_the_step_saves_and_says_where_to_resume(number, raise
         assert trainer.fit_rl(model, make_groups(seed=2)).step == 3
 
 
+def test_slurms_signal_before_the_time_is_up_stops_and_saves(model, monkeypatch, capfd) -> None:
+    for name, value in {"NTASKS": "1", "NNODES": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    before = signal.getsignal(signal.SIGUSR1)
+    with fitrl.LocalTrainer(**CPU, callbacks=[At(1, lambda: os.kill(os.getpid(), signal.SIGUSR1))]) as trainer:
+        with pytest.raises(SystemExit) as caught:
+            trainer.fit_rl(model, make_groups(seed=1), num_minibatches=3, save_checkpoint=False, learning_rate=1e-3)
+        assert caught.value.code == 128 + signal.SIGUSR1
+    assert signal.getsignal(signal.SIGUSR1) == before
+    assert [path.name for path in model.checkpoints()] == ["0002"]  # and none of Lightning's, see _compat
+    assert "SIGUSR1: stopping after the optimizer step" in capfd.readouterr().err
+
+
 def test_a_signal_before_the_first_step_drops_the_call(model, monkeypatch) -> None:
     with fitrl.LocalTrainer(**CPU) as trainer:
         trainer.fit_rl(model, make_groups(seed=1), learning_rate=1e-3)

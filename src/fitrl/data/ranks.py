@@ -8,24 +8,62 @@ have no order.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fitrl.errors import RankError
+from fitrl.data.lifeline import Lifeline
+from fitrl.errors import FitRLError, RankError, RankLostError
 
 _T = TypeVar("_T")
 _rollouts: dist.ProcessGroup | None = None
+_lifeline: Lifeline | None = None
+_NEWS_S = 2.0  # a connection that breaks is heard of in milliseconds, on a busy machine later
 
 
 def connect() -> None:
     """Make what the ranks need beside the group that a strategy made; once, and again at no cost."""
-    global _rollouts
+    global _rollouts, _lifeline
     if world_size() > 1 and _rollouts is None:
         _rollouts = dist.new_group(backend="gloo")
+        _lifeline = together(lambda: Lifeline(rank(), collect, os.environ.get("MASTER_ADDR", "127.0.0.1")))
+
+
+def lost() -> str | None:
+    """Which rank has died, and how, as a sentence; None while all are there, as far as is known."""
+    return None if _lifeline is None else _lifeline.lost
+
+
+def is_overdue() -> bool:
+    """Whether a rank has died so long ago that this one should have ended."""
+    return _lifeline is not None and _lifeline.is_overdue
+
+
+@contextmanager
+def naming_the_lost() -> Iterator[None]:
+    """Say which rank has died where a collective says something about a connection.
+
+    Raises:
+        RankLostError: in place of what was raised, if a rank has died.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # gloo's and NCCL's are
+        if _lifeline is None or isinstance(error, FitRLError) or _lifeline.lost_within(_NEWS_S) is None:
+            raise
+        raise lost_error() from error
+
+
+def lost_error() -> RankLostError:
+    """What to raise once a rank has died."""
+    return RankLostError(
+        f"{lost()}: start the job again, on as many ranks as you like; it goes on from its newest checkpoint"
+    )
 
 
 def world_size() -> int:
@@ -38,6 +76,7 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
+@naming_the_lost()
 def collect(text: str, *, of_rollouts: bool = False) -> list[str]:
     """Everyone's text, by rank; over the rollouts' own group if asked for."""
     if world_size() == 1:
@@ -56,6 +95,7 @@ def collect(text: str, *, of_rollouts: bool = False) -> list[str]:
     return [bytes(part[:size].cpu().numpy()).decode() for part, size in zip(parts, sizes, strict=True)]
 
 
+@naming_the_lost()
 def highest(number: int) -> int:
     """The highest number that any rank says."""
     if world_size() == 1:
@@ -65,6 +105,7 @@ def highest(number: int) -> int:
     return int(said.item())
 
 
+@naming_the_lost()
 def sum_up(values: Tensor) -> Tensor:
     """Sum of everyone's tensor [N], on the CPU."""
     if world_size() == 1:

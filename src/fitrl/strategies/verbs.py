@@ -98,9 +98,9 @@ class PolicyVerbs(Sticky):
         in_force, module.objective = module.objective, module.objective if objective is None else objective
         try:
             batch = self.batch_to_device(batch)
-            with torch.enable_grad():
+            with ranks.naming_the_lost(), torch.enable_grad():
                 output: Any = self.training_step(batch, self._accumulated)
-            self.backward(output / module.trainer.accumulate_grad_batches, None)
+                self.backward(output / module.trainer.accumulate_grad_batches, None)
         except BaseException:
             self.clear_gradients()
             raise

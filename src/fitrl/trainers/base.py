@@ -26,7 +26,14 @@ from fitrl.data.batch import Feed
 from fitrl.data.groups import TrajectoryGroup
 from fitrl.data.join import join_groups
 from fitrl.data.samples import SampleSet, build_samples
-from fitrl.errors import DataError, InvalidArgumentError, NonFiniteGradientError, OutOfMemoryError, SessionError
+from fitrl.errors import (
+    DataError,
+    InvalidArgumentError,
+    NonFiniteGradientError,
+    OutOfMemoryError,
+    RankLostError,
+    SessionError,
+)
 from fitrl.objective.objective import ImportanceSamplingLevel
 from fitrl.policy.model import TrainableModel
 from fitrl.policy.module import PolicyModule
@@ -78,7 +85,7 @@ class RLTrainer(SessionTrainer):
             raise SessionError("this trainer is in a fit_rl call already; one trainer trains one model at a time")
         self._busy_thread = threading.get_ident()
         try:
-            with self._interrupts.listen():
+            with ranks.naming_the_lost(), self._interrupts.listen():
                 result = self._update_alone(model, list(groups), settings)
         except Exception as error:
             # with several ranks the others have to agree, in the next call
@@ -207,7 +214,7 @@ class RLTrainer(SessionTrainer):
             self.verbs.set_learning_rate(rate)
             try:
                 plan = self._take_steps(samples, settings, plan)
-            except NonFiniteGradientError:
+            except (NonFiniteGradientError, RankLostError):
                 self._release()  # nothing of this may be saved; the next call resumes the newest checkpoint
                 raise
             finally:  # also after an exception: the steps before it were taken
@@ -246,7 +253,7 @@ class RLTrainer(SessionTrainer):
         self.accumulate_grad_batches = plan.accumulate
         _compat.allow_one_more_epoch(self)
         try:
-            with _compat.without_epoch_notes(), _compat.keeping_device_memory(self):
+            with ranks.naming_the_lost(), _compat.without_epoch_notes(), _compat.keeping_device_memory(self):
                 self.fit(module, train_dataloaders=Feed(plan.batches))
         except SystemExit as stop:
             # Lightning answers the second Ctrl-C by ignoring further ones and leaving the process

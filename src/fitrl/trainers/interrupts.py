@@ -1,7 +1,8 @@
 """Ctrl-C, SIGTERM and cancellation: the optimizer step under way is finished, then the call stops.
 
 Between calls one process leaves at once, by an exception, so that `with trainer` saves; a rank of several waits for
-the next call, where all of them agree, because one that leaves would keep the others waiting.
+the next call, where all of them agree, because one that leaves would keep the others waiting. Once a rank has died
+there is nothing to agree on: see `fitrl.data.lifeline`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,6 @@ from lightning.pytorch.callbacks import Callback
 
 from fitrl.data import ranks
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
 
 class Stop(IntEnum):
     """Why a call stops before its end."""
@@ -38,12 +37,14 @@ class Interrupts(Callback):
     replaced during calls only.
 
     Attributes:
+        signals: those that ask for a stop; a scheduler may have one of its own.
         received: the signal that asked for the stop.
         cancelled: set by another thread to ask for it; of the call that is running.
         stop: what the ranks have agreed on, as of the last step.
     """
 
     def __init__(self) -> None:
+        self.signals = [signal.SIGINT, signal.SIGTERM]
         self.received: signal.Signals | None = None
         self.cancelled: threading.Event | None = None
         self.stop = Stop.NO
@@ -54,8 +55,9 @@ class Interrupts(Callback):
         """Handle signals between calls, too, from now on; for a session."""
         if threading.current_thread() is not threading.main_thread():
             return  # only the main thread gets signals, and sets handlers
-        several = ranks.world_size() > 1
-        for number in (signal.SIGTERM, signal.SIGINT) if several else (signal.SIGTERM,):
+        for number in self.signals:
+            if number is signal.SIGINT and ranks.world_size() == 1:
+                continue  # Python's own handler is right
             handler = self._handler(number)
             if handler in (signal.SIG_DFL, signal.default_int_handler):
                 self._watched[number] = handler
@@ -90,7 +92,7 @@ class Interrupts(Callback):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        self._before = {number: signal.getsignal(number) for number in _SIGNALS}
+        self._before = {number: signal.getsignal(number) for number in self.signals}
         self._install()
         try:
             yield
@@ -129,10 +131,14 @@ class Interrupts(Callback):
             self._before[number] = handler
 
     def _install(self) -> None:
-        for number in _SIGNALS:
+        for number in self.signals:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if ranks.lost() is not None:  # no step will end any more; a checkpoint that is being written may
+            if ranks.is_overdue():
+                raise ranks.lost_error()
+            return
         if self._before is None and ranks.world_size() == 1:
             raise SystemExit(128 + number)
         if self.received is not None:

@@ -6,7 +6,6 @@ one at most, and a run folder one trainer.
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -33,6 +32,7 @@ from fitrl.rollout.sampler import Sampler
 from fitrl.rollout.transformers import TransformersSampler
 from fitrl.strategies.verbs import PolicyVerbs
 from fitrl.trainers.interrupts import Interrupts
+from fitrl.trainers.launched import check_processes
 from fitrl.trainers.progress import RewardProgressBar
 
 
@@ -63,8 +63,8 @@ class SessionTrainer(lightning.Trainer):
             `max_epochs=-1`.
 
     Raises:
-        InvalidArgumentError: a strategy without the verbs of `PolicyTrainer`, or one for several processes in a
-            script that was not started with `torchrun`.
+        InvalidArgumentError: a strategy without the verbs of `PolicyTrainer`, one for several processes in a script
+            that was not started with `torchrun` or `srun`, or other `devices` and `num_nodes` than were started.
     """
 
     def __init__(
@@ -104,7 +104,9 @@ class SessionTrainer(lightning.Trainer):
                 f"{type(self).__name__} needs a strategy of fitrl, got {type(self.strategy).__name__}: pass "
                 "strategy='fitrl_local'"
             )
-        self._refuse_other_launchers()
+        check_processes(self)
+        if (requeue := _compat.take_requeue_signal(self)) is not None:
+            self._interrupts.signals.append(requeue)
         self._optimizer_settings = optimizer
         self._lr_schedule = lr_schedule
         self._compile = compile
@@ -264,28 +266,6 @@ class SessionTrainer(lightning.Trainer):
         """Lock the run folder, then clear what a crash left in it."""
         self._lock = RunLock(model.run_dir)
         tidy(model.checkpoints_dir)
-
-    def _refuse_other_launchers(self) -> None:
-        """Let only `torchrun`, or a scheduler like it, start several processes.
-
-        Lightning's own launchers run the whole script again on each rank, rollouts and all, from its start.
-        """
-        several = int(os.environ.get("WORLD_SIZE", "1"))
-        if "TORCHELASTIC_RUN_ID" in os.environ and several > 1 and self.world_size == 1:
-            raise InvalidArgumentError(
-                f"torchrun started {several} processes, and {type(self.strategy).__name__} trains with one: pass "
-                "strategy='fitrl_ddp'"
-            )
-        environment = getattr(self.strategy, "cluster_environment", None)
-        if self.strategy.launcher is None or (environment is not None and environment.creates_processes_externally):
-            return
-        program = Path(sys.argv[0]).name or "script.py"
-        if program in ("fitrl", "__main__.py"):
-            program = "-m fitrl fit_rl ..."
-        raise InvalidArgumentError(
-            f"{type(self.strategy).__name__} trains with several processes, which torchrun starts: run "
-            f"'torchrun --nproc_per_node {max(1, self.num_devices)} {program}'"
-        )
 
     def _require_session(self) -> _Session:
         if self._session is None:
