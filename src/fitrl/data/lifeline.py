@@ -145,7 +145,7 @@ class Lifeline:
 
 
 def _listen(host: str) -> socket.socket:
-    """A port of this machine, for one moment: of the loopback where the job is, else over IPv6 too where there is any."""
+    """A port of this machine, for one moment; on the loopback if the job is, else over IPv6 too where there is any."""
     if host in _LOOPBACK:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, 0), family=family, backlog=1024)
@@ -164,7 +164,8 @@ def _accept(server: socket.socket, key: str, expected: int) -> dict[int, socket.
         line, _ = server.accept()
         line.settimeout(5.0)
         try:
-            said, _, rank = line.makefile("r").readline(200).strip().partition(" ")
+            # byte by byte: what comes behind the line, a goodbye say, is read elsewhere
+            said, _, rank = line.makefile("rb", buffering=0).readline(200).decode().strip().partition(" ")
         except (OSError, UnicodeError):
             said = rank = ""
         if secrets.compare_digest(said.encode(), key.encode()):
