@@ -32,6 +32,7 @@ from fitrl.protocols.results import (
     TrainerConfig,
     TrainerStatus,
 )
+from fitrl.strategies.schedules import fast_forward
 from fitrl.strategies.sticky import Sticky
 
 
@@ -201,9 +202,13 @@ class PolicyVerbs(Sticky):
         load_weights(module.policy, folder)
         self.clear_gradients()
         if state is None:
+            schedules: list[Any] = [config.scheduler for config in self.lr_scheduler_configs]
+            rates = [scheduler.base_lrs[0] for scheduler in schedules]
             self.setup_optimizers(module.trainer)
             for config in self.lr_scheduler_configs:
-                _fast_forward(config.scheduler, manifest.step)
+                fast_forward(config.scheduler, manifest.step)
+            for rate in rates:  # the one in force is no part of the optimizer's state
+                self.set_learning_rate(rate)
         else:
             self._restore(state)
         _compat.set_global_step(module.trainer, manifest.step)
@@ -248,7 +253,7 @@ class PolicyVerbs(Sticky):
 
     def forward(self, batch: Batch) -> TokenLogprobs:
         """Logprobs of the batch's targets, without a gradient."""
-        return TokenLogprobs(logprobs=self.score(batch, None))
+        return TokenLogprobs(logprobs=self.score(batch, None).float())
 
     def score(self, batch: Batch, reference: str | None) -> Tensor:
         """Logprobs [R] on CPU under the policy (None) or a reference policy."""
@@ -283,13 +288,3 @@ class PolicyVerbs(Sticky):
         # one state for each rank that saved; a job of more ranks uses them again
         random_state.restore(state["rng"][ranks.rank() % len(state["rng"])], self.root_device)
         self.policy_module.reward_history = [(int(step), float(std)) for step, std in state["reward_history"]]
-
-
-def _fast_forward(scheduler: Any, step: int) -> None:
-    """Put a fresh schedule where `step` optimizer steps would have brought it."""
-    scheduler.last_epoch = step
-    scheduler._step_count = step + 1
-    for group, base, factor in zip(
-        scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
-    ):
-        group["lr"] = base * factor(step)
