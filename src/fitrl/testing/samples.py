@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fitrl.data.groups import TokenHistory, Trajectory, TrajectoryGroup
 from fitrl.data.samples import Sample
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @functools.cache
 def reference_network() -> PreTrainedModel:
-    """The bundled network, loaded by transformers alone, in float64."""
+    """The bundled network, loaded by transformers alone, in float64: read it, do not change it."""
+    from transformers import AutoModelForCausalLM
+
     folder = importlib.resources.files("fitrl.assets") / "tiny"
-    return AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float64).eval()
+    network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float64).eval()
+    return network
 
 
 @torch.no_grad()
