@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-import lightning
 from in_memory import InMemoryService, InMemoryStrategy
 
-import fitrl
 from fitrl import _compat
-from fitrl.testing import Setup, TrainsContract
+from fitrl.testing import LightningContract, Setup, TrainsContract
+
+
+class TestUnderLightning(LightningContract):
+    validates = False
+
+    def strategy(self, folder: Path) -> InMemoryStrategy:
+        return InMemoryStrategy(InMemoryService.at(folder))
 
 
 class TestVerbs(TrainsContract):
@@ -19,21 +25,10 @@ class TestVerbs(TrainsContract):
 
     @contextmanager
     def open_subject(self, setup: Setup) -> Iterator[InMemoryStrategy]:
-        strategy = InMemoryStrategy(InMemoryService.at(setup.folder))
-        trainer = lightning.Trainer(
-            strategy=strategy,
-            accelerator="cpu",
-            devices=1,
-            gradient_clip_val=setup.gradient_clip_val,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        lightning = TestUnderLightning()
+        trainer = lightning.trainer(setup)
+        strategy = trainer.strategy
         strategy.keep_alive = True
-        model = fitrl.TrainableModel("remote", "contract", "tiny", lora=None, root=setup.folder)
-        _compat.attach(
-            trainer, fitrl.PolicyModule(model, learning_rate=setup.learning_rate, lr_schedule=setup.lr_schedule)
-        )
+        _compat.attach(trainer, lightning.module(setup))
         yield strategy
         strategy.close()
