@@ -15,7 +15,6 @@ from fitrl.objective.objective import CustomObjective, Objective
 from fitrl.objective.policy_loss import policy_loss
 from fitrl.strategies.remote import RemoteStep, RemoteStepResult, RemoteStrategy
 
-
 _SAVED: dict[Path, dict[str, tuple[int, dict, dict | None]]] = {}
 
 

@@ -1,6 +1,8 @@
 """Contracts as pytest classes: what a backend promises, for whoever writes one. See `fitrl.testing.opening`."""
 
-from fitrl.testing import asserting  # isort: split
+from fitrl.testing import asserting
+
+# isort: split
 from fitrl.testing.exports_weights import ExportsWeightsContract
 from fitrl.testing.lightning_fit_rl import LightningFitRLContract
 from fitrl.testing.lightning_stock import LightningContract

@@ -9,5 +9,5 @@ try:
 except ImportError as error:
     raise MissingDependencyError("fitrl.testing holds pytest classes: pip install pytest") from error
 
-MODULES = "exports_weights lightning_fit_rl lightning_stock scores supports_fit_rl trains".split()
+MODULES = ("exports_weights", "lightning_fit_rl", "lightning_stock", "scores", "supports_fit_rl", "trains")
 pytest.register_assert_rewrite(*(f"fitrl.testing.{name}" for name in MODULES))

@@ -60,7 +60,7 @@ class ByHand:
             else:
                 values = -ratio.clamp(0.0, 5.0).detach() * advantage * p
             loss = values.sum() / count
-            loss.backward()
+            torch.autograd.backward(loss)
             total += float(loss.detach())
         return total
 

@@ -40,7 +40,8 @@ class LightningFitRLContract(Contract):
         epoch += ["on_before_zero_grad", "on_train_batch_end"]
         epoch += ["on_train_epoch_end", "on_train_end", "on_fit_end", "teardown"]
         with self.open_trainer(setup, hooks) as trainer:
-            assert isinstance(trainer, lightning.Trainer)
+            is_lightnings = isinstance(trainer, lightning.Trainer)
+            assert is_lightnings
             model = self._model(setup)
             for number in (1, 2, 3):
                 hooks.fired.clear()

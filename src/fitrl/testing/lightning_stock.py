@@ -43,7 +43,7 @@ class LightningContract(Contract):
 
     def trainer(self, setup: Setup, *callbacks: Callback, **options: Any) -> lightning.Trainer:
         """A stock trainer with the strategy."""
-        chosen = {
+        chosen: dict[str, Any] = {
             "accelerator": self.accelerator,
             "devices": int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
             "max_epochs": 1,
@@ -85,7 +85,8 @@ class LightningContract(Contract):
         setup = Setup(folder=folder, lr_schedule=falling, gradient_clip_val=clip)
         trainer = self.trainer(setup, logger=rows, max_epochs=3)
         trainer.fit(self.module(setup), train_dataloaders=Steps([1]))
-        for number, row in enumerate(rows.having("loss/train")):
+        assert len(told := rows.having("loss/grad_norm")) == 3
+        for number, row in enumerate(told):
             loss, norm = hand.learn(step_samples(1), 1e-3 * falling(number))
             assert (row["loss/train"], row["loss/grad_norm"]) == (self.near(loss), self.near(norm))
         assert trainer.global_step == 3
@@ -109,7 +110,7 @@ class LightningContract(Contract):
         parts = self._epochs(self.trainer(setup, keep, logger=Rows(), max_epochs=2), setup, None)
         again = self.trainer(setup, logger=Rows(), max_epochs=4)
         parts += self._epochs(again, setup, folder / "kept" / "last.ckpt")
-        assert again.global_step == 8
+        assert again.global_step == 8 and len(whole) == 4
         assert parts == whole
 
     def test_validation_learns_nothing(self, folder: Path) -> None:
@@ -119,13 +120,14 @@ class LightningContract(Contract):
         setup, hand = Setup(folder=folder), ByHand()
         loss, _ = hand.learn(step_samples(2), 0.0)
         module = self.module(setup)
-        [told] = self.trainer(setup).validate(module, dataloaders=Steps([2]), verbose=False)
-        assert told["val/loss/train"] == self.near(loss)
+        [found] = self.trainer(setup).validate(module, dataloaders=Steps([2]), verbose=False)
+        assert found["val/loss/train"] == self.near(loss)
         hand.forget_moments()
-        trainer, rows = None, Rows()
+        rows = Rows()
         trainer = self.trainer(setup, logger=rows, max_epochs=2)
         trainer.fit(module, train_dataloaders=Steps([1]), val_dataloaders=Steps([2]))  # after every epoch
-        for row in rows.having("loss/grad_norm"):
+        assert len(told := rows.having("loss/grad_norm")) == 2
+        for row in told:
             expected = hand.learn(step_samples(1), 1e-3)
             assert (row["loss/train"], row["loss/grad_norm"]) == tuple(map(self.near, expected))
 

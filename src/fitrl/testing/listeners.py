@@ -9,9 +9,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from typing_extensions import override
 
-HOOKS = """setup on_fit_start on_train_start on_train_epoch_start on_train_batch_start on_before_zero_grad
-    on_train_batch_end on_train_epoch_end on_train_end on_fit_end teardown on_exception on_validation_start
-    on_validation_end""".split()
+HOOKS = (
+    *("setup", "on_fit_start", "on_train_start", "on_train_epoch_start", "on_train_batch_start"),
+    *("on_before_zero_grad", "on_train_batch_end", "on_train_epoch_end", "on_train_end", "on_fit_end", "teardown"),
+    *("on_validation_start", "on_validation_end", "on_exception"),
+)
 
 
 class Hooks(Callback):

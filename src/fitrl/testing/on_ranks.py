@@ -18,7 +18,7 @@ from fitrl.testing.opening import FOLDER
 
 
 def is_rank() -> bool:
-    """Whether this process is a rank of such a job; `__test__ = is_rank()` keeps a class for the ranks."""
+    """Say whether this process is a rank of such a job; a class with `__test__` set to it is for the ranks only."""
     return FOLDER in os.environ
 
 
@@ -35,7 +35,7 @@ def run_on_ranks(target: str, *, ranks: int = 2, timeout: float = 300.0) -> str:
         logs = Path(scratch) / "logs"
         launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
         launcher += ["--log_dir", str(logs), "--redirects", "3", "--no_python"]
-        checks = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", target]
+        checks = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-p", "no:randomly", target]
         job = subprocess.Popen(
             [sys.executable, "-m", *launcher, *checks],
             env=os.environ

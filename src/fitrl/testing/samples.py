@@ -21,8 +21,8 @@ def reference_network() -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     folder = importlib.resources.files("fitrl.assets") / "tiny"
-    network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float64).eval()
-    return network
+    network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float64)
+    return network.train(False)
 
 
 @torch.no_grad()
