@@ -14,8 +14,7 @@ from fitrl.data.groups import TrajectoryGroup
 from fitrl.policy.model import TrainableModel
 from fitrl.testing.by_hand import ByHand, samples_of
 from fitrl.testing.listeners import Hooks, Rows
-from fitrl.testing.opening import Contract, Setup, Steps, falling, step_samples
-from fitrl.testing.samples import make_groups
+from fitrl.testing.opening import Contract, Setup, Steps, falling, step_groups, step_samples
 
 
 class LightningFitRLContract(Contract):
@@ -45,7 +44,7 @@ class LightningFitRLContract(Contract):
             model = self._model(setup)
             for number in (1, 2, 3):
                 hooks.fired.clear()
-                trainer.fit_rl(model, make_groups(seed=number))
+                trainer.fit_rl(model, step_groups(number))
                 assert hooks.fired == epoch
                 assert (trainer.global_step, trainer.current_epoch) == (number, number)
 
@@ -54,7 +53,7 @@ class LightningFitRLContract(Contract):
         rows, setup = Rows(), Setup(folder=folder, lr_schedule=falling)
         with self.open_trainer(setup, LearningRateMonitor("step"), logger=rows) as trainer:
             model, zero = self._model(setup), trainer.is_global_zero
-            results = [trainer.fit_rl(model, make_groups(seed=seed), learning_rate=1e-3) for seed in (1, 2, 3)]
+            results = [trainer.fit_rl(model, step_groups(seed), learning_rate=1e-3) for seed in (1, 2, 3)]
             logged = rows.having("loss/train")
             assert [row["step"] for row in logged] == [1, 2, 3] and rows.finalized == 0
             for result, row in zip(results, logged, strict=True):
@@ -75,7 +74,7 @@ class LightningFitRLContract(Contract):
         with self.open_trainer(setup, hooks) as trainer:
             model = self._model(setup)
             for seed in (1, 2, 3):
-                groups = make_groups(seed=seed)
+                groups = step_groups(seed)
                 metrics = trainer.fit_rl(model, groups, learning_rate=1e-3).metrics
                 self._compare(metrics, hand.learn(samples_of(groups), 1e-3))
                 [told] = trainer.validate(dataloaders=Steps([2]), verbose=False)
@@ -89,7 +88,7 @@ class LightningFitRLContract(Contract):
         """However a call is cut, it is the step that is computed by hand; accumulating is the call's own business."""
         if not self.microbatches:
             pytest.skip(f"{type(self).__name__} says that its calls are not cut")
-        setup, groups = Setup(folder=folder), make_groups(seed=1)
+        setup, groups = Setup(folder=folder), step_groups(1)
         hooks = Hooks()
         with self.open_trainer(setup, hooks) as trainer:
             metrics = trainer.fit_rl(self._model(setup), groups, **self.microbatches).metrics
@@ -106,13 +105,13 @@ class LightningFitRLContract(Contract):
         setup, hooks, hand = Setup(folder=folder), Hooks(), ByHand()
         with self.open_trainer(setup, hooks) as trainer:
             model = self._model(setup)
-            self._learn(trainer, model, hand, make_groups(seed=1))
+            self._learn(trainer, model, hand, step_groups(1))
             hooks.raises = hook
             with pytest.raises(ArithmeticError, match="on purpose"):
-                trainer.fit_rl(model, make_groups(seed=2), learning_rate=1e-3)
+                trainer.fit_rl(model, step_groups(2), learning_rate=1e-3)
             assert "on_exception" in hooks.fired and trainer.global_step == 1
             for seed in (2, 3):
-                self._learn(trainer, model, hand, make_groups(seed=seed))
+                self._learn(trainer, model, hand, step_groups(seed))
             assert trainer.global_step == 3
 
     # -- what the checks share ----------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from fitrl.policy.model import TrainableModel
 from fitrl.policy.module import PolicyModule
 from fitrl.testing.by_hand import ByHand
 from fitrl.testing.listeners import Hooks, Rows
-from fitrl.testing.opening import Contract, Setup, Steps, falling, step_samples
+from fitrl.testing.opening import Contract, Setup, Steps, falling, first_step, step_samples
 from fitrl.testing.trains import TINY_CLIP
 
 ONE_STEP = ["on_train_batch_start", "on_before_zero_grad", "on_train_batch_end"]
@@ -71,7 +71,7 @@ class LightningContract(Contract):
     @pytest.mark.parametrize("count", [1, 3])
     def test_accumulated_microbatches_are_one_step(self, folder: Path, count: int) -> None:
         """`accumulate_grad_batches` microbatches on every rank give the step that is computed by hand."""
-        loss, norm = ByHand().learn(step_samples(1), 0.0)
+        loss, norm = first_step(1)
         setup = Setup(folder=folder)
         trainer = self.trainer(setup, accumulate_grad_batches=count)
         trainer.fit(self.module(setup), train_dataloaders=Steps([1], count))
@@ -118,11 +118,10 @@ class LightningContract(Contract):
         if not self.validates:
             pytest.skip(f"{type(self).__name__} says that it cannot validate")
         setup, hand = Setup(folder=folder), ByHand()
-        loss, _ = hand.learn(step_samples(2), 0.0)
+        loss, _ = first_step(2)
         module = self.module(setup)
         [found] = self.trainer(setup).validate(module, dataloaders=Steps([2]), verbose=False)
         assert found["val/loss/train"] == self.near(loss)
-        hand.forget_moments()
         rows = Rows()
         trainer = self.trainer(setup, logger=rows, max_epochs=2)
         trainer.fit(module, train_dataloaders=Steps([1]), val_dataloaders=Steps([2]))  # after every epoch

@@ -6,6 +6,7 @@ depend on the rank but the share of a step's microbatches.
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import re
@@ -20,9 +21,11 @@ import torch
 
 from fitrl.data import ranks
 from fitrl.data.batch import Batch
+from fitrl.data.groups import TrajectoryGroup
 from fitrl.data.packing import pack
 from fitrl.data.samples import Sample
-from fitrl.testing.samples import make_samples
+from fitrl.testing.by_hand import ByHand
+from fitrl.testing.samples import make_groups, make_samples
 
 FOLDER = "FITRL_TESTING_FOLDER"  # where the ranks of a job find each other's files
 
@@ -89,12 +92,30 @@ class Contract:
 def step_samples(seed: int) -> list[Sample]:
     """The samples of one optimizer step, over all ranks."""
     with torch.inference_mode(False):  # the first to ask may be a validation
-        return make_samples(seed=seed, num_trajectories=12)
+        return make_samples(seed=seed, num_trajectories=8)
+
+
+@functools.cache
+def first_step(seed: int, *, ppo: bool = False) -> tuple[float, float]:
+    """Loss and gradient's norm of the step `step_samples(seed)` under the base policy, by hand."""
+    return ByHand().learn(step_samples(seed), 0.0, ppo=ppo)
+
+
+def step_groups(seed: int) -> list[TrajectoryGroup]:
+    """The groups of one call, to be changed at will."""
+    return copy.deepcopy(_groups(seed))
+
+
+@functools.cache
+def _groups(seed: int) -> list[TrajectoryGroup]:
+    return make_groups(seed=seed)
 
 
 def microbatches(seed: int, count: int = 1) -> list[Batch]:
     """This rank's `count` microbatches of the step `step_samples(seed)`."""
-    return ranks.share_of(pack(step_samples(seed), num_batches=count * ranks.world_size()))
+    wanted = count * ranks.world_size()
+    batches = pack(step_samples(seed), num_batches=wanted)
+    return ranks.share_of([*batches, *(batches[0].filler() for _ in range(wanted - len(batches)))])
 
 
 def total(values: Sequence[float]) -> float:

@@ -22,7 +22,8 @@ def reference_network() -> PreTrainedModel:
 
     folder = importlib.resources.files("fitrl.assets") / "tiny"
     network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float64)
-    return network.train(False)
+    network.train(False)
+    return network
 
 
 @torch.no_grad()

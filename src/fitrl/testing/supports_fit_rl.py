@@ -14,8 +14,7 @@ from fitrl.policy.model import TrainableModel
 from fitrl.protocols.results import TrainResult
 from fitrl.protocols.verbs import SupportsFitRL
 from fitrl.testing.by_hand import ByHand, samples_of
-from fitrl.testing.opening import Contract, Setup, falling
-from fitrl.testing.samples import make_groups
+from fitrl.testing.opening import Contract, Setup, falling, step_groups
 from fitrl.testing.trains import TINY_CLIP
 
 COMMON = {
@@ -81,15 +80,15 @@ class SupportsFitRLContract(Contract):
         setup = Setup(folder=folder)
         with self.open_subject(setup) as subject:
             with pytest.raises(TypeError) as caught:
-                subject.fit_rl(self.model(setup), make_groups(seed=1), num_gpus_of_the_moon=1)
+                subject.fit_rl(self.model(setup), step_groups(1), num_gpus_of_the_moon=1)
             for part in (self.backend, "num_gpus_of_the_moon", *COMMON):
                 assert part in str(caught.value), str(caught.value)
-            assert subject.fit_rl(self.model(setup), make_groups(seed=1)).num_optimizer_steps == 1
+            assert subject.fit_rl(self.model(setup), step_groups(1)).num_optimizer_steps == 1
 
     def test_every_common_argument_has_an_effect(self, folder: Any) -> None:
         """With a learning rate of 0 calls see the same weights, so another loss or gradient is the argument's doing."""
         setup = Setup(folder=folder)
-        groups = make_groups(seed=1)
+        groups = step_groups(1)
         seen: dict[str, tuple[float, float]] = {}
         with self.open_subject(setup) as subject:
             model = self.model(setup)
@@ -111,7 +110,7 @@ class SupportsFitRLContract(Contract):
         """A generator is as good as a list."""
         setup = Setup(folder=folder)
         with self.open_subject(setup) as subject:
-            assert subject.fit_rl(self.model(setup), iter(make_groups(seed=1))).num_optimizer_steps == 1
+            assert subject.fit_rl(self.model(setup), iter(step_groups(1))).num_optimizer_steps == 1
 
     # -- results ------------------------------------------------------------------------------------------------
 
@@ -120,7 +119,7 @@ class SupportsFitRLContract(Contract):
         setup = Setup(folder=folder)
         with self.open_subject(setup) as subject:
             model = self.model(setup)
-            result = subject.fit_rl(model, make_groups(seed=1))
+            result = subject.fit_rl(model, step_groups(1))
         assert isinstance(result, TrainResult)
         assert (result.num_optimizer_steps, result.dropped) == (1, {}) and result.step == model.step > 0
         assert result.metrics and all(type(value) is float for value in result.metrics.values())
@@ -132,7 +131,7 @@ class SupportsFitRLContract(Contract):
     def test_nothing_to_train_is_an_outcome(self, folder: Any) -> None:
         """Flat groups, a group of one and an empty one: no step, no checkpoint, and each is counted."""
         setup = Setup(folder=folder)
-        first, second, taught = make_groups(seed=1)
+        first, second, taught = step_groups(1)
         for trajectory in first:
             trajectory.reward = 1.0
         with self.open_subject(setup) as subject:
@@ -155,7 +154,7 @@ class SupportsFitRLContract(Contract):
         with self.open_subject(setup) as subject:
             model = self.model(setup)
             for number in range(4):
-                groups = make_groups(seed=1 + number % 2)
+                groups = step_groups(1 + number % 2)
                 rate = 1e-3 * setup.lr_schedule(number)
                 metrics = subject.fit_rl(model, groups, learning_rate=1e-3).metrics
                 assert metrics["loss/learning_rate"] == pytest.approx(rate)
@@ -168,25 +167,25 @@ class SupportsFitRLContract(Contract):
         setup, hand = Setup(folder=folder, gradient_clip_val=TINY_CLIP), ByHand(clip=TINY_CLIP)
         with self.open_subject(setup) as subject:
             for _ in range(3):
-                metrics = subject.fit_rl(self.model(setup), make_groups(seed=1), learning_rate=1e-3).metrics
-                self._compare(metrics, hand.learn(samples_of(make_groups(seed=1)), 1e-3))
+                metrics = subject.fit_rl(self.model(setup), step_groups(1), learning_rate=1e-3).metrics
+                self._compare(metrics, hand.learn(samples_of(step_groups(1)), 1e-3))
 
     def test_the_callers_random_numbers_are_left_alone(self, folder: Any) -> None:
         """A call draws nothing from the global generator, nor sets it."""
         setup = Setup(folder=folder)
         with self.open_subject(setup) as subject:
             model = self.model(setup)
-            subject.fit_rl(model, make_groups(seed=1))
+            subject.fit_rl(model, step_groups(1))
             torch.manual_seed(7)
             before = torch.get_rng_state()
-            subject.fit_rl(model, make_groups(seed=2))
+            subject.fit_rl(model, step_groups(2))
             assert torch.equal(before, torch.get_rng_state())
 
     def test_an_exception_leaves_it_usable(self, folder: Any) -> None:
         """Groups that cannot be learned from, or that raise while they are read, cost nothing but their call."""
 
         def breaks() -> Any:
-            yield make_groups(seed=2)[0]
+            yield step_groups(2)[0]
             raise ArithmeticError("on purpose")
 
         setup = Setup(folder=folder)
@@ -194,7 +193,7 @@ class SupportsFitRLContract(Contract):
             undisturbed, disturbed = self.model(setup, "undisturbed"), self.model(setup, "disturbed")
             expected = [self._call(subject, undisturbed, seed) for seed in (1, 2)]
             found = [self._call(subject, disturbed, 1)]
-            bad = make_groups(seed=2)
+            bad = step_groups(2)
             bad[1].trajectories[0].reward = float("nan")
             with pytest.raises(ValueError):
                 subject.fit_rl(disturbed, bad, learning_rate=1e-3)
@@ -241,7 +240,7 @@ class SupportsFitRLContract(Contract):
 
     def _call(self, subject: SupportsFitRL, model: TrainableModel, seed: int) -> dict[str, float]:
         """One call's metrics, but for what the machine had to do with them."""
-        result = subject.fit_rl(model, make_groups(seed=seed), learning_rate=1e-3)
+        result = subject.fit_rl(model, step_groups(seed), learning_rate=1e-3)
         metrics = {key: value for key, value in result.metrics.items() if not key.startswith(MACHINE)}
         return metrics | {"step": float(result.step)}
 

@@ -14,7 +14,7 @@ from fitrl.objective.objective import Objective
 from fitrl.protocols.results import OptimStepResult
 from fitrl.protocols.verbs import Trains
 from fitrl.testing.by_hand import ByHand
-from fitrl.testing.opening import Contract, Setup, falling, microbatches, step_samples, total
+from fitrl.testing.opening import Contract, Setup, falling, first_step, microbatches, step_samples, total
 
 TINY_CLIP = 1e-7  # near AdamW's eps, where a clipped gradient makes a smaller step
 
@@ -47,7 +47,7 @@ class TrainsContract(Contract):
     @pytest.mark.parametrize("count", [1, 2, 3])
     def test_microbatches_add_up_to_the_whole_step(self, folder: Any, count: int) -> None:
         """However a step is cut into microbatches and ranks, loss and gradient are those computed by hand."""
-        loss, norm = ByHand().learn(step_samples(1), 0.0)
+        loss, norm = first_step(1)
         with self.open_subject(Setup(folder=folder)) as subject:
             results = [subject.forward_backward(batch) for batch in microbatches(1, count)]
             step = subject.optim_step()
@@ -57,8 +57,7 @@ class TrainsContract(Contract):
 
     def test_another_objective_counts_for_its_microbatch_only(self, folder: Any) -> None:
         """An explicit objective is used as it is defined; the one in force stays."""
-        hand = ByHand()
-        expected = [hand.learn(step_samples(1), 0.0, ppo=ppo) for ppo in (True, False)]
+        expected = [first_step(1, ppo=ppo) for ppo in (True, False)]
         with self.open_subject(Setup(folder=folder)) as subject:
             for objective, (loss, norm) in zip((Objective(ppo=True), None), expected, strict=True):
                 result = subject.forward_backward(microbatches(1)[0], objective)
@@ -67,7 +66,7 @@ class TrainsContract(Contract):
 
     def test_forward_backward_accumulates_and_never_steps(self, folder: Any) -> None:
         """The same microbatch twice: the same loss twice, twice the gradient, no step."""
-        _, norm = ByHand().learn(step_samples(1), 0.0)
+        _, norm = first_step(1)
         with self.open_subject(Setup(folder=folder)) as subject:
             batch = microbatches(1)[0]
             results = []
@@ -93,8 +92,7 @@ class TrainsContract(Contract):
 
     def test_a_step_clears_what_it_used(self, folder: Any) -> None:
         """The next step's gradient is its own."""
-        hand = ByHand()
-        norms = [hand.learn(step_samples(seed), 0.0)[1] for seed in (1, 2)]
+        norms = [first_step(seed)[1] for seed in (1, 2)]
         with self.open_subject(Setup(folder=folder)) as subject:
             for seed, norm in zip((1, 2), norms, strict=True):
                 subject.forward_backward(microbatches(seed)[0])
@@ -103,7 +101,7 @@ class TrainsContract(Contract):
 
     def test_clear_gradients_forgets(self, folder: Any) -> None:
         """What was cleared is neither counted nor learned from."""
-        _, norm = ByHand().learn(step_samples(2), 0.0)
+        _, norm = first_step(2)
         with self.open_subject(Setup(folder=folder)) as subject:
             subject.forward_backward(microbatches(1)[0])
             subject.clear_gradients()
@@ -167,7 +165,7 @@ class TrainsContract(Contract):
 
     def test_an_exception_leaves_it_usable(self, folder: Any) -> None:
         """An objective that raises costs its microbatches and nothing else."""
-        loss, norm = ByHand().learn(step_samples(1), 0.0)
+        loss, norm = first_step(1)
         with self.open_subject(Setup(folder=folder)) as subject:
             with pytest.raises(Exception):  # noqa: B017 - whatever the objective, or a service on its behalf, raises
                 subject.forward_backward(microbatches(2)[0], _Breaks())
