@@ -24,6 +24,6 @@ class TestUnderLightning(local.UnderLightning):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(is_rank(), reason="starts the ranks")
+@pytest.mark.skipif(is_rank(), reason="it starts the ranks")
 def test_two_ranks_keep_every_contract() -> None:
     assert " passed" in run_on_ranks(__file__)

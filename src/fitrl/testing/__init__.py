@@ -1,8 +1,6 @@
 """Contracts as pytest classes: what a backend promises, for whoever writes one. See `fitrl.testing.opening`."""
 
-from fitrl.testing import asserting
-
-# isort: split
+import fitrl.testing.asserting  # noqa: F401 - before the others
 from fitrl.testing.exports_weights import ExportsWeightsContract
 from fitrl.testing.lightning_fit_rl import LightningFitRLContract
 from fitrl.testing.lightning_stock import LightningContract
@@ -21,7 +19,6 @@ __all__ = [
     "Setup",
     "SupportsFitRLContract",
     "TrainsContract",
-    "asserting",
     "is_rank",
     "run_on_ranks",
 ]

@@ -3,6 +3,13 @@
 Every rank runs the same checks in the same order and stops at the first that fails, upon which `torchrun` ends the
 others: a rank that failed leaves the collectives of a check in its middle, so nothing that follows could be trusted.
 One job runs all checks of a file, because a process can make its process group only once.
+
+    class TestMine(TrainsContract):
+        __test__ = is_rank()
+        ...
+
+    def test_two_ranks() -> None:
+        run_on_ranks(f"{__file__}::TestMine")
 """
 
 from __future__ import annotations

@@ -62,7 +62,15 @@ class Setup:
 class Contract:
     """Subclass a contract in a pytest file, and say how the subject is opened; combine contracts as bases.
 
-    A method opens and closes it, and not a fixture, because a check may open several, one after the other.
+    A method opens and closes it, and not a fixture, because a check may open several, one after the other. What a
+    subject cannot do is said by class attributes, nothing is guessed from its type; a check that does not apply is
+    skipped with the reason.
+
+    Example:
+        >>> class TestMine(TrainsContract, ScoresContract):  # doctest: +SKIP
+        ...     @contextmanager
+        ...     def open_subject(self, setup):
+        ...         yield Mine(setup.learning_rate, setup.lr_schedule, setup.gradient_clip_val)
 
     Attributes:
         tolerance: relative to numbers computed by hand in float64.
@@ -79,7 +87,7 @@ class Contract:
         """A folder of this check's own, the same on every rank."""
         if FOLDER not in os.environ:
             return tmp_path
-        folder = Path(os.environ[FOLDER]) / re.sub(r"\W+", "-", request.node.name)
+        folder = Path(os.environ[FOLDER]) / re.sub(r"\W+", "-", request.node.nodeid)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
