@@ -257,3 +257,19 @@ def test_settings_are_checked() -> None:
         fitrl.AdamWSettings(betas=(0.9, 1.0))
     with pytest.raises(InvalidArgumentError):
         fitrl.LoraSettings(rank=0)
+
+
+def test_validation_loss_does_not_depend_on_how_it_is_cut(module) -> None:
+    """Shares add up, and of two steps the mean is told, as of training; a filler counts for nothing."""
+    trainer = lightning.Trainer(**STOCK)
+
+    def told(*batches) -> dict[str, float]:
+        return trainer.validate(module, Feed(batches), verbose=False)[0]
+
+    first, second = (make_samples(seed=seed, num_trajectories=6) for seed in (1, 2))
+    whole = told(*pack(first))
+    cut = pack(first, num_batches=3)
+    for other in (told(*cut), told(*cut, cut[0].filler())):
+        assert other == pytest.approx(whole, rel=1e-5)
+    both = told(*pack(first), *pack(second))["val/loss/train"]
+    assert both == pytest.approx((whole["val/loss/train"] + told(*pack(second))["val/loss/train"]) / 2, rel=1e-5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.resources
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -13,6 +14,8 @@ from fitrl.data.batch import Batch
 from fitrl.objective.objective import CustomObjective, Objective
 from fitrl.objective.policy_loss import policy_loss
 from fitrl.strategies.remote import RemoteStep, RemoteStepResult, RemoteStrategy
+
+_SAVED: dict[Path, dict[str, tuple[int, dict, dict | None]]] = {}
 
 
 class InMemoryService:
@@ -26,6 +29,13 @@ class InMemoryService:
         self.requests: list[tuple[int, RemoteStep]] = []
         self.step = 0
         self.fail_next = False
+
+    @classmethod
+    def at(cls, folder: Path) -> InMemoryService:
+        """A service with the base policy that finds what earlier ones saved for the same folder."""
+        service = cls()
+        service.saved = _SAVED.setdefault(folder, {})
+        return service
 
     def train(self, microbatches: Sequence[tuple[Batch, Objective]], step: RemoteStep) -> RemoteStepResult:
         if self.fail_next:
@@ -85,6 +95,7 @@ class InMemoryStrategy(RemoteStrategy):
     def remote_load(self, uri: str) -> int:
         self.service.step, weights, optimizer = copy.deepcopy(self.service.saved[uri])
         self.service.network.load_state_dict(weights)
+        self.service.optimizer = torch.optim.AdamW(self.service.network.parameters(), lr=0.0)
         if optimizer is not None:
             self.service.optimizer.load_state_dict(optimizer)
         return self.service.step

@@ -147,6 +147,11 @@ def test_forward_gives_the_true_logprobs(trainer) -> None:
         assert float((scored - truth).abs().max()) < 1e-4
 
 
+def test_forward_gives_float32_from_a_policy_in_float64(model) -> None:
+    with fitrl.LocalTrainer(**CPU, precision="64-true") as trainer:
+        assert trainer.open(model).forward(microbatches(1, 1)[0]).logprobs.dtype == torch.float32
+
+
 def test_save_and_load_are_exact(trainer, model) -> None:
     verbs = trainer.verbs
     for seed in (1, 2):
@@ -181,9 +186,9 @@ def test_weights_only_starts_a_fresh_optimizer_at_the_saved_step(trainer, tmp_pa
     verbs.load(folder)
     assert torch.equal(kept, weights(verbs)) and trainer.global_step == 1
     assert not trainer.strategy.optimizers[0].state_dict()["state"]
-    trainer.verbs.set_learning_rate(1e-3)
     verbs.forward_backward(microbatches(2, 1)[0])
-    assert verbs.optim_step().learning_rate == pytest.approx(0.5e-3)  # the schedule stands where step 1 left it
+    # the rate that was set stays, and the schedule stands where step 1 left it
+    assert verbs.optim_step().learning_rate == pytest.approx(0.5e-3)
 
 
 def test_bad_saves_and_loads(trainer, tmp_path) -> None:

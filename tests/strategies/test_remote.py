@@ -163,4 +163,5 @@ def test_save_and_load_by_uri(opened) -> None:
     strategy.optim_step()
     assert strategy.load() == uri
     assert strategy.get_status().step == 1
+    assert strategy.get_status().learning_rate == pytest.approx(1e-4 / 2)  # the schedule went back with it
     assert torch.equal(after, flat(service.network.parameters()))

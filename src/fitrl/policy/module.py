@@ -27,7 +27,7 @@ from fitrl.objective.objective import CustomObjective, LossInputs, Objective, Po
 from fitrl.objective.policy_loss import policy_loss
 from fitrl.policy.layers import compile_layers, narrow_frozen_layers, recompute_layers
 from fitrl.policy.loading import Policy, load_policy, trained_state
-from fitrl.policy.metrics import CallTotals, derive, mismatch
+from fitrl.policy.metrics import CallTotals, mismatch
 from fitrl.policy.model import TrainableModel
 from fitrl.policy.optimizers import AdamWSettings, adamw
 from fitrl.policy.sharding import gradient_norm, whole
@@ -82,6 +82,7 @@ class PolicyModule(lightning.LightningModule):
         self.goes_on = False  # whether the next epoch is the rest of a call
         self.is_updating = False  # whether the optimizer is changing the weights
         self.totals = CallTotals()
+        self.held_out = CallTotals()  # of a validation
         self.network: nn.Module | None = None
         self.placeholder: nn.Parameter | None = None
         self.compiles = compile
@@ -313,19 +314,27 @@ class PolicyModule(lightning.LightningModule):
         self.last_loss = result
         return result.loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
+    def on_validation_epoch_start(self) -> None:
+        """Forget what the last validation collected."""
+        self.held_out.reset(self.device)
+
     def validation_step(self, batch: Batch, batch_idx: int = 0) -> None:
-        """Log the objective's metrics on held-out trajectories, without learning from them."""
+        """Collect the objective's raw metrics on held-out trajectories, without learning from them."""
         result = self.compute_loss(batch)
-        raw = {name: float(value) for name, value in result.metrics.items()}
-        zeros = {"step_count": 1.0, "grad_norm": 0.0, "learning_rate": 0.0}
-        metrics = {f"val/{key}": value for key, value in derive(raw | zeros).items() if not key.startswith("loss/grad")}
-        metrics.pop("val/loss/learning_rate", None)
-        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+        self.held_out.microbatches.update(result.metrics)
+        targets = batch.loss_inputs
+        zero = torch.zeros_like(targets.num_tokens)
+        # the batch's share of the trajectories that its denominators count: the whole of them is one step
+        share = targets.mask.sum() / targets.num_tokens
+        self.held_out.steps.update({"step_count": share, "grad_norm": zero, "learning_rate": zero})
 
     def on_validation_epoch_end(self) -> None:
-        """Log what the data module observed of its held-out rollouts."""
+        """Reduce and log the objective's metrics, and what the data module observed of its held-out rollouts."""
+        derived = self.held_out.compute()
+        for of_training in ("loss/grad_norm", "loss/learning_rate"):
+            derived.pop(of_training, None)
         told = {key: value for key, value in self.host_metrics.items() if key.startswith("val/")}
-        self.log_dict(told, sync_dist=True)
+        self.log_dict({f"val/{key}": value for key, value in derived.items()} | told, sync_dist=True)
         self.host_metrics = {key: value for key, value in self.host_metrics.items() if key not in told}
         self._observed = [seen for seen in self._observed if not told.keys() & seen.keys()]
 

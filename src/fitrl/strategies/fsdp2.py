@@ -28,6 +28,9 @@ class FSDP2Strategy(PolicyVerbs, ModelParallelStrategy):
     each, and the gradient is that of one process. The embedded sampler needs whole weights: they are gathered for it
     when it is handed out and after each call, and cut again before the next step.
 
+    Under a stock `lightning.Trainer` pass `inference_mode=False`, as `LocalTrainer` does: weights that were gathered in
+    inference mode cannot be trained on afterwards.
+
     Args:
         offload: keep weights, gradients and moments in the host's memory; each layer visits the device.
         **kwargs: of Lightning's `ModelParallelStrategy`, but for the sizes of the mesh.
@@ -80,6 +83,7 @@ class FSDP2Strategy(PolicyVerbs, ModelParallelStrategy):
 
     @override
     def lend_weights(self) -> None:
+        self.take_weights_back()  # what is gathered may be older than the last step
         for module in self._sharded():
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
@@ -87,15 +91,17 @@ class FSDP2Strategy(PolicyVerbs, ModelParallelStrategy):
 
     @override
     def take_weights_back(self) -> None:
-        if not self._lent:
-            return
         for module in self._sharded():
-            module.set_reshard_after_forward(not isinstance(module, Root), recurse=False)
-            module.reshard()
+            is_root = isinstance(module, Root)
+            if self._lent:
+                module.set_reshard_after_forward(not is_root, recurse=False)
+            if self._lent or is_root:  # a pass without a gradient leaves the root gathered
+                module.reshard()
         self._lent = False
 
     def _sharded(self) -> list[FSDPModule]:
-        root = self.policy_module.policy.root
+        module: Any = self.lightning_module
+        root = module.policy.root
         assert root is not None  # set by `shard`
         return [module for module in root.modules() if isinstance(module, FSDPModule)]
 

@@ -34,6 +34,7 @@ from fitrl.protocols.results import (
     TrainerConfig,
     TrainerStatus,
 )
+from fitrl.strategies.schedules import fast_forward
 from fitrl.strategies.sticky import Sticky
 
 
@@ -215,9 +216,13 @@ class PolicyVerbs(Sticky):
         load_weights(module.policy, folder)
         self.clear_gradients()
         if state is None:
+            schedules: list[Any] = [config.scheduler for config in self.lr_scheduler_configs]
+            rates = [scheduler.base_lrs[0] for scheduler in schedules]
             self.setup_optimizers(module.trainer)
             for config in self.lr_scheduler_configs:
-                _fast_forward(config.scheduler, manifest.step)
+                fast_forward(config.scheduler, manifest.step)
+            for rate in rates:  # the one in force is no part of the optimizer's state
+                self.set_learning_rate(rate)
         else:
             self._restore(state)
         _compat.set_global_step(module.trainer, manifest.step)
@@ -262,7 +267,7 @@ class PolicyVerbs(Sticky):
 
     def forward(self, batch: Batch) -> TokenLogprobs:
         """Logprobs of the batch's targets, without a gradient."""
-        return TokenLogprobs(logprobs=self.score(batch, None))
+        return TokenLogprobs(logprobs=self.score(batch, None).float())
 
     def score(self, batch: Batch, reference: str | None) -> Tensor:
         """Logprobs [R] on CPU under the policy (None) or a reference policy."""
@@ -334,13 +339,3 @@ def _load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
         for number, moments in state["state"].items()
     }
     optimizer.load_state_dict(state | {"state": cut})
-
-
-def _fast_forward(scheduler: Any, step: int) -> None:
-    """Put a fresh schedule where `step` optimizer steps would have brought it."""
-    scheduler.last_epoch = step
-    scheduler._step_count = step + 1
-    for group, base, factor in zip(
-        scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
-    ):
-        group["lr"] = base * factor(step)

@@ -60,7 +60,7 @@ class SessionTrainer(lightning.Trainer):
         enable_model_summary: print Lightning's model summary, once per model; None: yes.
         **lightning_options: of `lightning.Trainer`. Defaults that differ for RL, also in place of None: no logger, no
             checkpoint callback and no progress bar unless asked for, `log_every_n_steps=1`, no sanity validation,
-            `max_epochs=-1`.
+            `max_epochs=-1`, `inference_mode=False`.
 
     Raises:
         InvalidArgumentError: a strategy without the verbs of `PolicyTrainer`, one for several processes in a script
@@ -90,6 +90,7 @@ class SessionTrainer(lightning.Trainer):
             "log_every_n_steps": 1,
             "num_sanity_val_steps": 0,
             "max_epochs": -1,
+            "inference_mode": False,  # FSDP2 cannot train on weights that were gathered in it
         }
         # filled in place, so that the command line can follow the options to Lightning's own types and texts
         for name, value in defaults.items():

@@ -1,0 +1,29 @@
+"""`fitrl_fsdp2`, on two gloo ranks, keeps every contract."""
+
+from __future__ import annotations
+
+import pytest
+
+from contract import local
+from fitrl.testing import is_rank, run_on_ranks
+
+
+class TestVerbs(local.Verbs):
+    __test__ = is_rank()
+    name = "fitrl_fsdp2"
+
+
+class TestFitRL(local.FitRL):
+    __test__ = is_rank()
+    name = "fitrl_fsdp2"
+
+
+class TestUnderLightning(local.UnderLightning):
+    __test__ = is_rank()
+    name = "fitrl_fsdp2"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(is_rank(), reason="it starts the ranks")
+def test_two_ranks_keep_every_contract() -> None:
+    assert " passed" in run_on_ranks(__file__)
