@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import lightning
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -52,6 +53,11 @@ class FSDP2Strategy(PolicyVerbs, ModelParallelStrategy):
     def model_to_device(self) -> None:
         if not self.offload:
             super().model_to_device()
+
+    @override
+    def setup_optimizers(self, trainer: lightning.Trainer) -> None:
+        self.take_weights_back()  # the optimizer's are the pieces, not what a validation left gathered
+        super().setup_optimizers(trainer)
 
     # -- what PolicyModule asks for -----------------------------------------------------------------------------
 
