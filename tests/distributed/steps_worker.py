@@ -27,6 +27,7 @@ import fitrl
 from distributed.ddp_worker import KeepGradients
 from exact import real_float64
 from fitrl.data import ranks
+from fitrl.policy.layers import decoder_layers
 from fitrl.strategies import verbs
 from samples import make_groups
 
@@ -53,8 +54,12 @@ class Kill:
             os.kill(self.processes[self.rank], signal.SIGKILL)
 
     def in_backward(self, module: Any) -> None:
-        first = next(parameter for parameter in module.parameters() if parameter.requires_grad)
-        first.register_hook(lambda gradient: self.at("backward"))  # the one that backward reaches last
+        # a tensor's hook and no parameter's: FSDP2 has backward run on gathered copies of those
+        def watch(layer: Any, inputs: Any, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(lambda gradient: self.at("backward"))
+
+        decoder_layers(module.policy)[0].register_forward_hook(watch)
 
     def in_save(self) -> None:
         write = verbs.save_weights
