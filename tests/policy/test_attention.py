@@ -262,6 +262,7 @@ def test_one_long_history_takes_the_kernel_for_one(device: str, monkeypatch: pyt
     inputs = as_packed(batch.to(device).model_inputs)
     assert not attention.packed_row(inputs).is_one_long_history
     monkeypatch.setattr(attention, "LONG", 256)
+    monkeypatch.setattr(attention, "LONG_BY_CUDNN", True)
     row = attention.packed_row(inputs)
     if device == "cuda":
         assert row.is_one_long_history and row.length == 304

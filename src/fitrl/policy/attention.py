@@ -8,9 +8,9 @@ row's histories would alone; everything else, padded batches and sampling with a
 |-------------------------------------------------------|---------------------------------------------|
 | CPU; float64; heads of fewer than 16 numbers          | a dense mask: the reference                 |
 | CUDA, 16-bit, nothing shared, logits not soft-capped  | flash attention over lengths                |
-| the same, one history of 8,192 tokens, from Hopper on | cuDNN's attention                           |
-| CUDA, 16-bit, shared, without a window or a soft cap  | FlexAttention; see `TREES_BY_FLASH`         |
 | CUDA otherwise                                        | FlexAttention, compiled once for all shapes |
+| the second, one history of 8,192 tokens, on a Hopper  | cuDNN's attention, with `LONG_BY_CUDNN`     |
+| 16-bit, shared, without a window or a soft cap        | flash by parts, with `TREES_BY_FLASH`       |
 
 All of it can be traced: a compiled decoder layer is one graph, its attention in the middle. So masks are made before
 the layers run, by `prepare`.
@@ -37,8 +37,9 @@ from fitrl.policy.packed_row import BLOCK, PackedRow
 from fitrl.policy.tree_attention import tree_attention
 
 _BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-# shared prefixes by `tree_attention`: off until it has been held to the dense mask on a GPU (test_attention.py)
-TREES_BY_FLASH = False
+# off until test_attention.py has held them to the dense mask on a GPU, and update.py has timed them there:
+TREES_BY_FLASH = False  # shared prefixes by `tree_attention`
+LONG_BY_CUDNN = False  # one history of `LONG` positions or more by `causal_attention`
 LONG = 8192
 _LONG_BACKEND = SDPBackend.CUDNN_ATTENTION
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
@@ -68,10 +69,18 @@ def packed_row(inputs: ModelInputs) -> PackedRow:
     if inputs.input_ids.device.type != "cuda":
         return PackedRow(inputs)
     assert inputs.boundaries is not None  # a packed batch's
-    hopper = torch.cuda.get_device_capability(inputs.input_ids.device) >= (9, 0)
-    one = hopper and len(inputs.boundaries) == 2 and inputs.longest >= LONG
+    one = is_one_long_history(inputs)
     multiple = 1 << (inputs.longest.bit_length() - 5) if one else BLOCK
     return PackedRow(inputs, multiple_of=multiple, is_one_long_history=one)
+
+
+def is_one_long_history(inputs: ModelInputs) -> bool:
+    """Whether a batch, padded or packed, is a single history that cuDNN's attention is worth taking for."""
+    rows, length = inputs.input_ids.shape
+    one = rows == 1 and (inputs.boundaries is None or len(inputs.boundaries) == 2)
+    if not (LONG_BY_CUDNN and one and length >= LONG and inputs.input_ids.device.type == "cuda"):
+        return False
+    return torch.cuda.get_device_capability(inputs.input_ids.device) >= (9, 0)
 
 
 def skips_hidden_keys(device: torch.device) -> bool:

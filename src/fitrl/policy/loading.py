@@ -29,7 +29,7 @@ from fitrl.errors import (
     UnsupportedError,
 )
 from fitrl.objective.logprobs import linear_logits
-from fitrl.policy.attention import LONG, attention_kernels, packed_row, prepare, skips_hidden_keys
+from fitrl.policy.attention import attention_kernels, is_one_long_history, packed_row, prepare, skips_hidden_keys
 from fitrl.policy.head import weight_and_bias
 from fitrl.policy.packed_row import as_packed
 from fitrl.policy.probing import probe
@@ -182,10 +182,9 @@ class Policy:
     def _run_batch(self, network: Any, inputs: ModelInputs) -> Any:
         """Run a batch, if its layout is one that the policy keeps apart."""
         if inputs.ends is None:
-            rows, length = inputs.input_ids.shape
-            if rows > 1 or length < LONG or not (self.can_pack and self.skips_hidden_keys):
+            if not (self.can_pack and is_one_long_history(inputs)):
                 return self._run(network, inputs.input_ids, None, {})
-            inputs = as_packed(inputs)  # there is a faster kernel for it
+            inputs = as_packed(inputs)
         shared = inputs.crossings is not None
         if not (self.can_share if shared else self.can_pack):
             layouts = "layout='packed' or 'padded'" if self.can_pack else "layout='padded'"
