@@ -40,8 +40,8 @@ from fitrl.data.packing import pack
 from fitrl.data.samples import Sample
 from fitrl.policy import attention
 from fitrl.policy.layers import compile_layers, recompute_layers
-from fitrl.policy.loading import Policy
 from fitrl.policy.packed_row import BLOCK, PackedRow
+from fitrl.policy.policy import Policy
 from fitrl.policy.probing import probe
 
 LAYOUTS: tuple[Layout, ...] = ("padded", "packed", "shared")

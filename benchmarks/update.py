@@ -43,6 +43,7 @@ import fitrl
 from fitrl.data.completion import Completion
 from fitrl.policy import attention, loading, module
 from fitrl.policy.attention import read_no_packed_rows, read_packed_rows
+from fitrl.policy.policy import Policy
 
 SHAPES: dict[str, dict[str, Any]] = {
     "0.6B": {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_hidden_layers": 28},
@@ -180,13 +181,13 @@ def random_weights(shape: str, device: torch.device, *, share: bool) -> Iterator
     """Let trainers load a model of this shape with random weights, made on the device."""
     kept = module.load_policy
 
-    def load(base_model: str, lora: fitrl.LoraSettings | None = None, **_: Any) -> loading.Policy:
+    def load(base_model: str, lora: fitrl.LoraSettings | None = None, **_: Any) -> Policy:
         sizes = SHAPES[shape] | (TINY if shape == "tiny" else COMMON)
         with torch.device(device):
             network: Any = AutoModelForCausalLM.from_config(Qwen3Config(**sizes, tie_word_embeddings=True))
         if lora is not None:
             network = loading._with_adapters(network, lora)
-        policy = loading.Policy(network=network, tokenizer=loading.load_tokenizer("tiny"), has_linear_head=True)
+        policy = Policy(network=network, tokenizer=loading.load_tokenizer("tiny"), has_linear_head=True)
         policy.can_pack = read_packed_rows(policy.causal_lm)
         policy.can_share = policy.can_pack and share
         return policy

@@ -22,7 +22,8 @@ if not torch.cuda.is_available():
 from hypothesis import HealthCheck, settings  # noqa: E402
 from transformers import PreTrainedTokenizerBase  # noqa: E402
 
-from fitrl.policy.loading import Policy, load_policy  # noqa: E402
+from fitrl.policy.loading import load_policy  # noqa: E402
+from fitrl.policy.policy import Policy  # noqa: E402
 from fitrl.testing import is_rank  # noqa: E402
 
 settings.register_profile(

@@ -76,7 +76,7 @@ def test_imports_never_run_up(path) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "from fitrl.policy.loading import Policy",
+        "from fitrl.policy.policy import Policy",
         "import fitrl.policy.loading",
         "from fitrl import policy",
         "from fitrl import Objective",

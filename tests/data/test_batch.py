@@ -13,7 +13,7 @@ from fitrl.data.batch import Batch, Feed, LossTargets, ModelInputs
 from fitrl.data.packing import pack
 from fitrl.objective.objective import Objective
 from fitrl.objective.policy_loss import policy_loss
-from fitrl.policy.loading import Policy
+from fitrl.policy.policy import Policy
 from helpers import facts, sample, token_history
 
 

@@ -18,7 +18,7 @@ from fitrl.data.groups import TokenHistory
 from fitrl.data.packing import deal, pack
 from fitrl.data.samples import Sample
 from fitrl.errors import InvalidArgumentError
-from fitrl.policy.loading import Policy
+from fitrl.policy.policy import Policy
 from helpers import facts, sample, token_history
 from reading import all_rows, rows
 

@@ -18,8 +18,9 @@ from fitrl.data.batch import Batch
 from fitrl.data.packing import pack
 from fitrl.policy import attention
 from fitrl.policy.layers import compile_layers, decoder_layers, narrow_frozen_layers, recompute_layers
-from fitrl.policy.loading import LoraSettings, Policy, load_policy
+from fitrl.policy.loading import LoraSettings, load_policy
 from fitrl.policy.packed_row import PackedRow
+from fitrl.policy.policy import Policy
 from flash import use_flash_by_definition
 from helpers import sample, token_history
 

@@ -13,8 +13,8 @@ from fitrl.data.batch import Feed
 from fitrl.data.packing import pack
 from fitrl.demo import TASKS, correct
 from fitrl.errors import DataError, InvalidArgumentError, NonFiniteGradientError, UnsupportedError
-from fitrl.policy.loading import Policy
 from fitrl.policy.module import PolicyModule
+from fitrl.policy.policy import Policy
 from samples import make_groups, make_samples, true_logprobs
 
 STOCK = {

@@ -31,7 +31,7 @@ from fitrl.data.packing import pack
 from fitrl.data.samples import Sample
 from fitrl.errors import InvalidArgumentError
 from fitrl.policy import attention
-from fitrl.policy.loading import Policy
+from fitrl.policy.policy import Policy
 from fitrl.policy.probing import probe
 from helpers import sample, token_history
 

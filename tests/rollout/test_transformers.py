@@ -12,7 +12,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fitrl.errors import InvalidArgumentError, SamplerError
-from fitrl.policy.loading import LoraSettings, Policy, load_policy, trained_state
+from fitrl.policy.loading import LoraSettings, load_policy, trained_state
+from fitrl.policy.policy import Policy
 from fitrl.rollout.sampler import Sampler
 from fitrl.rollout.transformers import TransformersSampler
 from samples import reference_network

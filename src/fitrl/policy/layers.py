@@ -23,7 +23,7 @@ from fitrl.errors import UnsupportedError
 from fitrl.policy.attention import allow_many_graphs
 
 if TYPE_CHECKING:
-    from fitrl.policy.loading import Policy
+    from fitrl.policy.policy import Policy
 
 
 def decoder_layers(policy: Policy) -> list[nn.Module]:

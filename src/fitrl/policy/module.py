@@ -26,10 +26,11 @@ from fitrl.objective.logprobs import linear_logprobs, logits_logprobs
 from fitrl.objective.objective import CustomObjective, LossInputs, Objective, PolicyLoss
 from fitrl.objective.policy_loss import policy_loss
 from fitrl.policy.layers import compile_layers, narrow_frozen_layers, recompute_layers
-from fitrl.policy.loading import Policy, load_policy, trained_state
+from fitrl.policy.loading import load_policy, trained_state
 from fitrl.policy.metrics import CallTotals, mismatch
 from fitrl.policy.model import TrainableModel
 from fitrl.policy.optimizers import AdamWSettings, adamw
+from fitrl.policy.policy import Policy
 from fitrl.policy.sharding import gradient_norm, whole
 
 # operations that end a model and whose backward does not read what they returned: the gradient may take its place

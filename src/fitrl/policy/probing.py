@@ -22,7 +22,7 @@ from fitrl.policy.attention import keep_soft_caps, read_no_packed_rows, read_pac
 from fitrl.policy.head import is_linear
 
 if TYPE_CHECKING:
-    from fitrl.policy.loading import Policy
+    from fitrl.policy.policy import Policy
 
 _log = logging.getLogger(__name__)
 _TOLERANCE = 1e-4

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from fitrl.data.completion import Completion
 from fitrl.errors import InvalidArgumentError, SamplerError
-from fitrl.policy.loading import Policy, trained_state
+from fitrl.policy.loading import trained_state
+from fitrl.policy.policy import Policy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -17,7 +17,7 @@ from typing_extensions import override
 from fitrl import _compat
 from fitrl.errors import UnsupportedError
 from fitrl.policy.layers import decoder_layers
-from fitrl.policy.loading import Policy
+from fitrl.policy.policy import Policy
 from fitrl.policy.sharding import Root
 from fitrl.strategies.verbs import PolicyVerbs
 
