@@ -89,6 +89,8 @@ class FSDP2Strategy(PolicyVerbs, ModelParallelStrategy):
 
     @override
     def lend_weights(self) -> None:
+        if self._lent:
+            return  # and no step was taken since
         self.take_weights_back()  # what is gathered may be older than the last step
         for module in self._sharded():
             module.set_reshard_after_forward(False, recurse=False)

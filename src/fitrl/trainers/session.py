@@ -194,7 +194,8 @@ class SessionTrainer(lightning.Trainer):
                 version=self.global_step,
                 context=self.strategy.precision_plugin.forward_context,
             )
-        self.verbs.lend_weights()
+        if self._busy_thread is None:  # else the call that is under way lends them at its end
+            self.verbs.lend_weights()
         return session.sampler
 
     def validate(
