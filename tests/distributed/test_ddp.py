@@ -1,4 +1,4 @@
-"""`fitrl_ddp` on two gloo ranks against one process: the same gradients, one log, one checkpoint."""
+"""`fitrl_ddp` and `fitrl_fsdp2` on two gloo ranks against one process: the same gradients, one log, one checkpoint."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def alone(tmp_path_factory) -> Path:
     return folder / "one"
 
 
-@pytest.fixture(scope="module", params=["fitrl_ddp"])
+@pytest.fixture(scope="module", params=["fitrl_ddp", "fitrl_fsdp2"])
 def seen(request, tmp_path_factory, alone) -> dict[str, Any]:
     """What one process and each of two ranks saw."""
     folder = tmp_path_factory.mktemp("two")

@@ -94,6 +94,9 @@ class RolloutDataModule(lightning.LightningDataModule):
         """Attempt tasks with the policy as it is now."""
         module = self._module()
         assert self.trainer is not None  # a data source is asked by its trainer
+        lend = getattr(self.trainer.strategy, "lend_weights", None)
+        if lend is not None:
+            lend()  # where they lie in pieces, each rank samples on its own
         sampler = TransformersSampler(
             module.policy, version=step, context=self.trainer.strategy.precision_plugin.forward_context
         )
