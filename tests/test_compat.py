@@ -12,6 +12,7 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from fitrl import _compat
 from fitrl.data.batch import Feed
@@ -353,3 +354,17 @@ def test_one_event_file_for_all_calls(hold, tmp_path, module) -> None:
 def test_the_registry_is_lightnings() -> None:
     assert "ddp" in _compat.registry and "fitrl_local" in _compat.registry
     assert isinstance(_compat.registry.get("fitrl_local"), LocalStrategy)
+
+
+def test_a_strategy_is_told_its_module_before_its_environment_is_set_up(trainer, module) -> None:
+    _compat.announce(trainer, module)
+    assert trainer.strategy.lightning_module is module is trainer.lightning_module
+
+
+def test_all_processes_share_the_data() -> None:
+    """By default `ModelParallelStrategy` gives each node one share of the data."""
+    strategy = ModelParallelStrategy()
+    strategy.parallel_devices, strategy.num_nodes = [torch.device("cpu")] * 3, 2
+    assert strategy._data_parallel_size == "auto"
+    _compat.set_data_parallel_size(strategy)
+    assert strategy._data_parallel_size == 6
