@@ -97,7 +97,7 @@ def without_epoch_notes() -> Iterator[None]:
 def keeping_device_memory(trainer: lightning.Trainer) -> Iterator[None]:
     """Keep `fit` from handing the allocator's free memory back to the device, which it does before every run.
 
-    It does so to free a checkpoint that was restored, and here none is; getting tens of GiB back takes 0.1 s.
+    It does so to free a checkpoint that was restored, and here none is; each call would allocate everything again.
     """
     connector: Any = trainer._checkpoint_connector
     connector.resume_end = _nothing

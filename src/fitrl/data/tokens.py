@@ -196,7 +196,7 @@ class _Segment:
 
 
 def _column(values: list[Any], dtype: type[np.generic]) -> Tensor:
-    """A tensor of a list, eight times faster than `torch.tensor`."""
+    """A tensor of a list; `torch.tensor` looks at each number far longer."""
     return torch.from_numpy(np.fromiter(values, dtype=dtype, count=len(values)))
 
 

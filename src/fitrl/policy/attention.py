@@ -62,9 +62,8 @@ def attention_kernels(device: torch.device) -> AbstractContextManager[None]:
 def packed_row(inputs: ModelInputs) -> PackedRow:
     """A packed batch as its device's kernels want it.
 
-    FlexAttention wants blocks. cuDNN compiles a plan for each new length, in 0.15 s on an H100, where it saves 28
-    layers of 16,384 tokens about as much every time; so a long history has one of sixteen lengths between two powers
-    of two.
+    FlexAttention wants blocks. cuDNN compiles a plan for each new length, which has to be paid back by later batches;
+    so a long history has one of sixteen lengths between two powers of two.
     """
     if inputs.input_ids.device.type != "cuda":
         return PackedRow(inputs)

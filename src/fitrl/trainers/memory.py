@@ -62,8 +62,9 @@ def _fits(module: PolicyModule, device: torch.device) -> int:
     free -= sum(own_numel(parameter) * parameter.itemsize for parameter in trained if parameter.grad is None)
     if not module.has_moments:
         free -= module.optimizer_settings.bytes_per_weight * sum(map(own_numel, trained))
-    # bytes of activations for each position, layer and hidden number, of Qwen3-0.6B under bf16-mixed on an H100
-    # (benchmarks/update.py); uncompiled layers keep about 34 two-byte values (Korthikanti et al. 2022), some in float32
+    # bytes of activations for each position, layer and hidden number: of compiled layers what Qwen3-0.6B was seen to
+    # take under bf16-mixed, the others estimated, as uncompiled layers keep about 34 two-byte values (Korthikanti et
+    # al. 2022), some in float32; what turns out too large is halved
     kept = {(False, False): 120, (True, False): 52, (False, True): 8, (True, True): 12}
     size = kept[module.compiles, module.activation_checkpointing] * policy.hidden_size * policy.num_layers
     fits = min(int(0.8 * (free - _HEAD_BYTES) / size), _MOST_TOKENS)
