@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PLUGINS := $(wildcard plugins/*/pyproject.toml)
 
 .PHONY: demo test lint setup clean
 
@@ -25,8 +26,9 @@ $(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+$(VENV)/.installed-test: $(VENV)/.installed $(PLUGINS)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]' \
+		$(foreach plugin,$(PLUGINS),--editable '$(patsubst %/,%,$(dir $(plugin)))[test]')
 	touch $@
 
 clean:
