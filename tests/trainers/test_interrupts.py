@@ -11,6 +11,7 @@ import lightning
 import pytest
 
 import fitrl
+from fitrl.data import ranks
 from fitrl.errors import SessionError, UnknownArgumentError
 from samples import make_groups
 
@@ -278,3 +279,14 @@ def test_close_ends_the_thread(model) -> None:
     assert any("fit_rl" in thread.name for thread in threading.enumerate())
     trainer.close()
     assert not any("fit_rl" in thread.name for thread in threading.enumerate())
+
+
+def test_a_launchers_sigterm_does_not_cut_short_what_is_said_of_a_lost_rank(model, monkeypatch) -> None:
+    before = handlers()
+    try:
+        with fitrl.LocalTrainer(**CPU) as trainer:
+            trainer.open(model)
+            monkeypatch.setattr(ranks, "lost", lambda: "rank 1 was killed")
+        os.kill(os.getpid(), signal.SIGTERM)  # by default the end of this process
+    finally:
+        signal.signal(signal.SIGTERM, before[1])
