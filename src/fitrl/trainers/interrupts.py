@@ -64,7 +64,7 @@ class Interrupts(Callback):
                 self._set_handler(number, self._handle)
 
     def unwatch(self) -> None:
-        """Give the handlers back; not once a rank has died, or a launcher's SIGTERM would cut the report of it short."""
+        """Give the handlers back; not once a rank has died: a launcher's SIGTERM would cut the report of it short."""
         if threading.current_thread() is not threading.main_thread() or ranks.lost() is not None:
             return  # the session's end on the main thread does it
         for number, handler in self._watched.items():
