@@ -13,6 +13,14 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
+from fitrl import fused_linear_policy_loss
+from fitrl.errors import InvalidArgumentError
+from fitrl.objective import rows
+from fitrl.objective.logprobs import linear_logprobs
+from fitrl.objective.rows import RowShape
+from fitrl.objective.vocabulary_shard import VocabularyShard
 from objective.test_fused_linear import (
     OBJECTIVES,
     assert_close,
@@ -22,14 +30,6 @@ from objective.test_fused_linear import (
     make_batch,
     make_head,
 )
-from torch import Tensor
-
-from fitrl import fused_linear_policy_loss
-from fitrl.errors import InvalidArgumentError
-from fitrl.objective import rows
-from fitrl.objective.logprobs import linear_logprobs
-from fitrl.objective.rows import RowShape
-from fitrl.objective.vocabulary_shard import VocabularyShard
 
 _T = TypeVar("_T")
 
@@ -79,10 +79,7 @@ def cut(ranks: Ranks, head: dict[str, Tensor], rank: int) -> tuple[dict[str, Ten
     size = len(head["weight"])
     start, end = (number * size // ranks.size for number in (rank, rank + 1))
     own = {
-        name: (tensor if name == "hidden" else tensor[start:end])
-        .detach()
-        .clone()
-        .requires_grad_(tensor.requires_grad)
+        name: (tensor if name == "hidden" else tensor[start:end]).detach().clone().requires_grad_(tensor.requires_grad)
         for name, tensor in head.items()
     }
     return own, VocabularyShard(group=ranks, start=start, size=size)  # type: ignore[arg-type]

@@ -219,7 +219,7 @@ async def rollout_async(
 
     groups = [
         TrajectoryGroup([attempt(task, index * group_size + i) for i in range(group_size)])
-        for index, task in ranks.share_of(list(enumerate(tasks)))
+        for index, task in ranks.share_of(list(enumerate(tasks)), of_rollouts=True)
     ]
     attempts = gather(groups, max_concurrency=max_concurrency, max_exceptions=max_exceptions, progress=progress)
     return await attempts if ranks.world_size() == 1 else await _exchanged(attempts, len(tasks))

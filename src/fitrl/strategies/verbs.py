@@ -26,6 +26,7 @@ from fitrl.policy import checkpoints, random_state
 from fitrl.policy.attention import attention_kernels
 from fitrl.policy.loading import load_weights, save_weights, trained_state
 from fitrl.policy.module import PolicyModule
+from fitrl.policy.policy import Policy
 from fitrl.policy.sharding import like, whole
 from fitrl.protocols.results import (
     ForwardBackwardResult,
@@ -40,6 +41,9 @@ from fitrl.strategies.sticky import Sticky
 
 class PolicyVerbs(Sticky):
     """`Trains`, `Scores` and `ExportsWeights` on top of a Lightning strategy that trains in this process."""
+
+    ranks_per_data: int = 1
+    """Consecutive ranks that work on the same data."""
 
     _accumulated: int = 0
     saved_step: int | None = None
@@ -61,10 +65,24 @@ class PolicyVerbs(Sticky):
             raise SessionError("no model is open: call trainer.open(model) or trainer.fit_rl(model, groups) first")
         return module
 
+    # -- ranks --------------------------------------------------------------------------------------------------
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        ranks.share_data(self.ranks_per_data)
+
     # -- the embedded sampler -----------------------------------------------------------------------------------
 
+    @property
+    def lent_policy(self) -> Policy:
+        """What a sampler in this process reads; whole between `lend_weights` and the next step."""
+        module: Any = self.lightning_module
+        policy: Policy = module.policy
+        return policy
+
     def lend_weights(self) -> None:
-        """Let a sampler in this process read the weights until the next step; a collective."""
+        """Make `lent_policy` whole until the next step; a collective."""
 
     def take_weights_back(self) -> None:
         """Make the weights ready for training again; a collective, and nothing if they are."""

@@ -190,7 +190,7 @@ class SessionTrainer(lightning.Trainer):
             return self._given_sampler
         if session.sampler is None:
             session.sampler = TransformersSampler(
-                session.module.policy,
+                self.verbs.lent_policy,
                 version=self.global_step,
                 context=self.strategy.precision_plugin.forward_context,
             )
