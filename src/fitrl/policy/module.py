@@ -124,7 +124,7 @@ class PolicyModule(lightning.LightningModule):
         if self.compiles:
             compile_layers(policy)
         if shard is not None:
-            shard(policy, precision=precision, moments=self.optimizer_settings.moments)
+            shard(policy, precision=precision, moments=self.optimizer_settings.moments, compiles=self.compiles)
         self._policy, self.network = policy, policy.network.train()
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -12,12 +12,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor put together from its pieces; itself, if it is in one."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    for dimension in range(tensor.device_mesh.ndim - 1):  # one at a time, or torch warns of the order it chooses
+        placements = [Replicate() if n <= dimension else now for n, now in enumerate(tensor.placements)]
+        tensor = tensor.redistribute(placements=placements)
+    return tensor.full_tensor()
 
 
 def like(tensor: Tensor, held: Any) -> Tensor:

@@ -82,7 +82,7 @@ class FSDP2Strategy(PolicyVerbs, ModelParallelStrategy):
 
     # -- what PolicyModule asks for -----------------------------------------------------------------------------
 
-    def shard(self, policy: Policy, *, precision: str, moments: str) -> None:
+    def shard(self, policy: Policy, *, precision: str, moments: str, compiles: bool) -> None:
         """Cut a policy that was just loaded, the same on every rank, into this rank's pieces.
 
         Args:
@@ -90,11 +90,20 @@ class FSDP2Strategy(PolicyVerbs, ModelParallelStrategy):
             precision: Lightning's; under "bf16-mixed" decoder layers are gathered in bfloat16, which is what they
                 multiply in, and their gradients are summed in float32.
             moments: of AdamW; bitsandbytes' cannot be cut.
+            compiles: whether decoder layers are compiled; with tensor parallel they cannot be.
+
+        Raises:
+            UnsupportedError: one of these, or see `parallelize`.
         """
         if moments != "float32":
             raise UnsupportedError(
                 f"AdamWSettings(moments={moments!r}) cannot be sharded: take 'float32' with strategy='fitrl_fsdp2', or "
                 "strategy='fitrl_ddp'"
+            )
+        if self.ranks_per_data > 1 and compiles:
+            raise UnsupportedError(
+                f"compile=True with tensor_parallel_size={self.ranks_per_data}: torch's compiler cannot follow layers that "
+                "are cut over ranks through batches of any length; take compile=False, or tensor_parallel_size=1"
             )
         if self.ranks_per_data > 1:
             self._copy = LentPolicy(policy)
