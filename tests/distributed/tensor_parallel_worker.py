@@ -1,9 +1,10 @@
 """What each rank of the tensor-parallel tests does, and one process for comparison: writes what it saw as JSON.
 
-python tensor_parallel_worker.py OUTPUT LLAMA        one process, `fitrl_local`
-torchrun ... tensor_parallel_worker.py OUTPUT LLAMA  ranks by twos, `fitrl_fsdp2`; each writes OUTPUT.<rank>
+python tensor_parallel_worker.py OUTPUT LLAMA              one process, `fitrl_local`
+torchrun ... tensor_parallel_worker.py OUTPUT LLAMA        two ranks, `fitrl_fsdp2`; each writes OUTPUT.<rank>
+torchrun ... tensor_parallel_worker.py OUTPUT LLAMA SAVED  four ranks: the shortest of it, going on from SAVED
 
-LLAMA is a folder of a small Llama with biases and a head of its own. FITRL_TEST_BRIEF leaves most of it out.
+LLAMA is a folder of a small Llama with biases and a head of its own.
 """
 
 from __future__ import annotations
@@ -137,11 +138,8 @@ def sample_between(root: Path) -> dict[str, Any]:
                 trainer.fit_rl(model, make_groups(seed=call), learning_rate=1e-3)
             verbs = trainer.open(model)
             samples = fitrl.build_samples(make_groups(seed=9), fitrl.load_tokenizer("tiny"))
-            [batch, other] = fitrl.pack(samples.flat, num_batches=2)
-            several = int(os.environ.get("WORLD_SIZE", "1")) > 2
-            mine = [batch, other] if not several else [[batch, other][int(os.environ["RANK"]) // 2]]
-            for own in mine:
-                verbs.forward_backward(own)
+            [batch] = fitrl.pack(samples.flat, num_batches=1)
+            verbs.forward_backward(batch)
             seen[f"by hand, {kind}"] = verbs.optim_step(learning_rate=1e-3).grad_norm
             seen[f"logprobs, {kind}"] = verbs.forward(batch).logprobs.tolist()
         seen[f"gradients, {kind}"] = keep.steps
@@ -161,6 +159,18 @@ def resume(root: Path) -> dict[str, Any]:
                 end = digest(trainer)
         seen[name] = {"gradients": keep.steps, "digest": end, "checkpoint": str(result.checkpoint_path)}
     return seen
+
+
+def go_on(root: Path) -> dict[str, float]:
+    """The gradient's norm of a fourth call, after the three of `resume`, which is not saved."""
+    norms: dict[str, float] = {}
+    for name, lora in (("full", None), ("adapters", LORA)):
+        model = fitrl.TrainableModel(f"resume-{name}", "tp", "tiny", lora=lora, root=root)
+        with open_trainer() as trainer:
+            result = trainer.fit_rl(model, make_groups(seed=4), learning_rate=1e-3, save_checkpoint=False)
+            assert result.step == 4
+        norms[name] = result.metrics["loss/grad_norm"]
+    return norms
 
 
 class OverHidden:
@@ -201,11 +211,15 @@ def main() -> None:
     torch.set_num_threads(1)
     output, llama = Path(sys.argv[1]), sys.argv[2]
     root = output.parent / f"{output.name}.runs"
-    brief = "FITRL_TEST_BRIEF" in os.environ
-    seen: dict[str, Any] = {"train": train(root, llama, list(BRIEF if brief else CASES))}
-    seen["sampled"] = sample_between(root)
-    seen["resumed"] = resume(root)
-    seen["refused"] = refused(root) if SEVERAL and not brief else {}
+    saved = Path(sys.argv[3]) if len(sys.argv) > 3 else None
+    seen: dict[str, Any] = {"train": train(root, llama, list(CASES if saved is None else BRIEF))}
+    if saved is None:
+        seen["sampled"] = sample_between(root)
+        seen["resumed"] = resume(root)
+    if saved is not None or not SEVERAL:
+        seen["continued"] = go_on(saved or root)
+    if saved is None and SEVERAL:
+        seen["refused"] = refused(root)
     suffix = f".{os.environ['RANK']}" if SEVERAL else ""
     output.with_name(output.name + suffix).write_text(json.dumps(seen))
 
