@@ -1,4 +1,4 @@
-"""`fitrl_fsdp2` with `tensor_parallel_size=2` against one process: on two ranks, and on four with two shares of data."""
+"""`fitrl_fsdp2` with `tensor_parallel_size=2` against one process: on two ranks, and on four with two data shares."""
 
 from __future__ import annotations
 

@@ -19,6 +19,14 @@ def whole(tensor: Tensor) -> Tensor:
     """A tensor put together from its pieces; itself, if it is in one."""
     if not isinstance(tensor, DTensor):
         return tensor
+    if tensor.to_local().device.type != tensor.device_mesh.device_type:  # offloaded: its ranks cannot meet on the CPU
+        tensor = DTensor.from_local(
+            tensor.to_local().to(tensor.device_mesh.device_type),
+            tensor.device_mesh,
+            tensor.placements,
+            shape=tensor.shape,
+            stride=tensor.stride(),
+        )
     for dimension in range(tensor.device_mesh.ndim - 1):  # one at a time, or torch warns of the order it chooses
         placements = [Replicate() if n <= dimension else now for n, now in enumerate(tensor.placements)]
         tensor = tensor.redistribute(placements=placements)

@@ -102,8 +102,8 @@ class FSDP2Strategy(PolicyVerbs, ModelParallelStrategy):
             )
         if self.ranks_per_data > 1 and compiles:
             raise UnsupportedError(
-                f"compile=True with tensor_parallel_size={self.ranks_per_data}: torch's compiler cannot follow layers that "
-                "are cut over ranks through batches of any length; take compile=False, or tensor_parallel_size=1"
+                f"compile=True with tensor_parallel_size={self.ranks_per_data}: torch's compiler cannot follow layers "
+                "that are cut over ranks through batches of any length; take compile=False, or tensor_parallel_size=1"
             )
         if self.ranks_per_data > 1:
             self._copy = LentPolicy(policy)
