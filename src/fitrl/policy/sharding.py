@@ -46,6 +46,11 @@ def own_numel(tensor: Tensor) -> int:
     return tensor.to_local().numel() if isinstance(tensor, DTensor) else tensor.numel()
 
 
+def in_pieces(network: nn.Module) -> bool:
+    """Whether a part of some weight is somewhere else, so that nothing outside of training can be computed."""
+    return any(isinstance(parameter, DTensor) or parameter.is_meta for parameter in network.parameters())
+
+
 class Root(nn.Module):
     """A module whose forward runs a call: what is sharded as a whole has to be entered, whichever part of it runs.
 
