@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import lightning
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
@@ -23,7 +24,7 @@ import fitrl
 from distributed.ddp_worker import ACCELERATOR, KeepGradients, digest
 from fitrl import _compat
 from fitrl.demo import TASKS, correct
-from fitrl.policy.sharding import own_numel
+from fitrl.policy.sharding import clip_by_norm, gradient_norm, own_numel, whole
 from fitrl.strategies.fsdp2 import FSDP2Strategy
 from samples import make_groups
 
@@ -68,6 +69,21 @@ def open_trainer(
     )
 
 
+class Mixed(lightning.Callback):
+    """Measures gradients of all layouts beside one that no rank shares, and clips copies of them."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, float, float]] = []
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        grads = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+        mixed = [*(grad.detach().clone() for grad in grads), torch.ones(3, dtype=grads[0].dtype)]
+        wholes = torch.cat([whole(grad).flatten().cpu() for grad in mixed])
+        found = gradient_norm(mixed)
+        clip_by_norm(mixed, 0.25)
+        self.seen.append((float(found), float(wholes.norm()), float(gradient_norm(mixed))))
+
+
 class Crossed:
     """Notes the sizes of what ranks of one computation sum up, and holds them to what is small."""
 
@@ -97,7 +113,8 @@ def train(root: Path, llama: str, cases: list[str]) -> dict[str, Any]:
         model = fitrl.TrainableModel(f"case-{number}", "tp", base_model, lora=options.pop("lora", None), root=root)
         own = {key: options.pop(key) for key in OF_TRAINER if key in options}
         keep = KeepGradients()
-        with open_trainer(keep, **own) as trainer, Crossed() as crossed:
+        mixed = Mixed()
+        with open_trainer(keep, mixed, **own) as trainer, Crossed() as crossed:
             results = [
                 trainer.fit_rl(
                     model, make_groups(seed=seed), learning_rate=1e-3, max_tokens_per_microbatch=60, **options
@@ -119,6 +136,7 @@ def train(root: Path, llama: str, cases: list[str]) -> dict[str, Any]:
                 "digest": digest(trainer),
                 "checkpoint": str(results[-1].checkpoint_path),
                 "largest": crossed.largest,
+                "mixed": mixed.seen,
             }
     return seen
 

@@ -120,6 +120,14 @@ def test_each_rank_holds_half_and_is_told_all(seen, case) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", ["full", "adapters, recomputed"])
+def test_one_norm_over_gradients_in_one_piece_and_in_pieces_over_two_meshes(seen, case) -> None:
+    for found, expected, clipped in seen["two.0"]["train"][case]["mixed"]:
+        assert found == pytest.approx(expected, rel=1e-10) and found > 1.0
+        assert clipped == pytest.approx(0.25, rel=1e-5)
+
+
+@pytest.mark.slow
 def test_only_statistics_and_hidden_states_cross(seen) -> None:
     """No logits, of which a microbatch has 262 for each row, and no head."""
     rows, hidden = 60, 96
