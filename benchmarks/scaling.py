@@ -4,6 +4,7 @@ Random weights, made-up token ids (`update.py`). A timed update is a whole call 
 run is a job of its own, one process or `torchrun`; the gradient's norm of the first call is compared with one device's.
 
     python benchmarks/scaling.py [--ranks 2] [--output benchmarks/results]     on a machine with so many GPUs
+    python benchmarks/scaling.py --tensor-parallel 2 ...                       fitrl_fsdp2 by groups of two
     python benchmarks/scaling.py --tiny                                        whether it runs, on CPUs
 """
 
@@ -28,6 +29,7 @@ import torch
 import transformers
 
 import fitrl
+from fitrl.strategies.fsdp2 import FSDP2Strategy
 from update import Case, _commit, _synchronize, groups_of, random_weights
 
 RUNS = (
@@ -46,6 +48,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a small model on CPUs, not compiled: whether it runs")
     parser.add_argument("--ranks", type=int, default=2, help="devices of the larger jobs")
+    parser.add_argument(
+        "--tensor-parallel", type=int, default=1, help="ranks that fitrl_fsdp2 has compute together; not compiled then"
+    )
     parser.add_argument("--repeats", type=int, default=4, help="timed updates")
     parser.add_argument("--output", type=Path, help="folder for scaling.md and .json")
     parser.add_argument("--job", nargs=2, metavar=("RUN", "STRATEGY"), help="used for the jobs: one of them")
@@ -57,6 +62,8 @@ def main() -> None:
     for number, (name, _, strategies) in enumerate(RUNS):
         for strategy in strategies:
             row = {"run": name, "strategy": strategy, "devices": 1 if strategy == "fitrl_local" else options.ranks}
+            if strategy == "fitrl_fsdp2" and options.tensor_parallel > 1:
+                row["tensor parallel"] = options.tensor_parallel
             row |= start(number, strategy, options)
             one = next((other for other in rows if other["run"] == name and other["devices"] == 1), None)
             if one is not None and "ms" in row and "ms" in one:
@@ -90,6 +97,7 @@ def start(number: int, strategy: str, options: argparse.Namespace) -> dict[str, 
             launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(options.ranks)]
         flags = ["--job", str(number), strategy, "--repeats", str(options.repeats), "--output", str(path)]
         flags += ["--tiny"] if options.tiny else []
+        flags += ["--tensor-parallel", str(options.tensor_parallel)]
         done = subprocess.run([*launcher, __file__, *flags], capture_output=True, text=True, check=False)
         if done.returncode:
             return {"error": done.stderr.strip().splitlines()[-1][:200] if done.stderr.strip() else "no word"}
@@ -110,6 +118,7 @@ def job(number: int, strategy: str, options: argparse.Namespace) -> None:
         torch.set_num_threads(1)
     draw = random.Random(0)
     cut = 64 if options.tiny else 1
+    together = options.tensor_parallel if strategy == "fitrl_fsdp2" else 1
     found = [
         [
             (stem, [draw.randrange(1000) for _ in range(draw.randint(256, 2048) // cut + 2)])
@@ -127,10 +136,10 @@ def job(number: int, strategy: str, options: argparse.Namespace) -> None:
         fitrl.LocalTrainer(
             accelerator="gpu" if gpu else "cpu",
             devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-            strategy=strategy,
+            strategy=strategy if together == 1 else FSDP2Strategy(tensor_parallel_size=together),
             precision="bf16-mixed" if gpu else "32-true",
             gradient_clip_val=1.0,
-            compile=gpu,
+            compile=gpu and together == 1,
             activation_checkpointing=case.checkpointing,
             enable_model_summary=False,
         ) as trainer,

@@ -366,5 +366,7 @@ def test_all_processes_share_the_data() -> None:
     strategy = ModelParallelStrategy()
     strategy.parallel_devices, strategy.num_nodes = [torch.device("cpu")] * 3, 2
     assert strategy._data_parallel_size == "auto"
-    _compat.set_data_parallel_size(strategy)
+    _compat.set_data_parallel_size(strategy, 1)
     assert strategy._data_parallel_size == 6
+    _compat.set_data_parallel_size(strategy, 2)
+    assert strategy._data_parallel_size == 3

@@ -40,9 +40,12 @@ def announce(trainer: lightning.Trainer, module: lightning.LightningModule) -> N
     trainer.strategy._lightning_module = module
 
 
-def set_data_parallel_size(strategy: Any) -> None:
-    """Let all processes of a `ModelParallelStrategy` share the data; by default it takes one for each node."""
-    strategy._data_parallel_size = strategy.num_nodes * strategy.num_processes
+def set_data_parallel_size(strategy: Any, tensor_parallel_size: int) -> None:
+    """Let all processes of a `ModelParallelStrategy` share the data, so many at a time the same.
+
+    By default it would share it over nodes.
+    """
+    strategy._data_parallel_size = strategy.num_nodes * strategy.num_processes // tensor_parallel_size
 
 
 def detach(trainer: lightning.Trainer) -> None:

@@ -6,18 +6,25 @@ torchrun ... fsdp2_worker.py OUTPUT  several ranks, `fitrl_fsdp2`; each writes O
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import json
 import os
+import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import lightning
 import torch
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 import fitrl
 from distributed.ddp_worker import ACCELERATOR, KeepGradients, digest
+from fitrl.data import ranks
 from fitrl.demo import TASKS, correct
 from fitrl.policy.sharding import own_numel
 from fitrl.strategies.fsdp2 import FSDP2Strategy
@@ -120,6 +127,90 @@ def resume(root: Path) -> dict[str, Any]:
     return seen
 
 
+class Samples(lightning.Callback):
+    """Samples in the middle of a call, with a sampler that the trainer knows of or one that it does not."""
+
+    def __init__(self) -> None:
+        self.how: str | None = None
+        self.sampler: Any = None
+        self.said: dict[str, str] = {}
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *rest: Any) -> None:
+        if self.how is None:
+            return
+        sampler = fitrl.TransformersSampler(module.policy) if self.how == "own" else self.sampler
+        try:
+            asyncio.run(sampler.sample([1, 2, 3], max_new_tokens=2))
+            self.said[self.how] = "taken"
+        except fitrl.FitRLError as error:
+            self.said[self.how] = f"{type(error).__name__}: {error}"
+
+
+def in_mid_call(root: Path) -> dict[str, Any]:
+    """A callback that samples while weights lie in pieces."""
+    samples = Samples()
+    model = fitrl.TrainableModel("mid-call", "fsdp2", "tiny", lora=None, root=root)
+    with open_trainer(samples) as trainer:
+        samples.sampler = trainer.sampler(model)
+        for samples.how in ("trainer's", "own"):
+            trainer.fit_rl(model, make_groups(seed=1), learning_rate=1e-3, save_checkpoint=False)
+    return samples.said
+
+
+@contextmanager
+def disk_full_on(rank: int) -> Iterator[None]:
+    """Let no file of one rank grow beyond 1000 bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if ranks.rank() == rank:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def save(root: Path) -> dict[str, Any]:
+    """Saves that fail on one rank, one of the weights alone, and what is left in the folder each time."""
+    model = fitrl.TrainableModel("saved", "fsdp2", "tiny", lora=None, root=root)
+    seen: dict[str, Any] = {}
+    with open_trainer() as trainer:
+        trainer.fit_rl(model, make_groups(seed=1), learning_rate=1e-3)
+        for rank in range(ranks.world_size()):
+            with disk_full_on(rank):
+                try:
+                    trainer.verbs.save("full")
+                    seen[f"full {rank}"] = "saved"
+                except fitrl.FitRLError as error:
+                    seen[f"full {rank}"] = f"{type(error).__name__}: {error}"
+            ranks.collect("")  # all have seen it
+            seen[f"left {rank}"] = sorted(path.name for path in model.checkpoints_dir.iterdir())
+            ranks.collect("")  # before anyone goes on
+        folder = Path(trainer.verbs.save("weights", weights_only=True))
+        seen["weights"] = sorted(path.name for path in folder.iterdir())
+        before = digest(trainer)
+        trainer.fit_rl(model, make_groups(seed=2), learning_rate=1e-3, save_checkpoint=False)
+        trainer.verbs.load(str(folder))
+        seen["same weights"] = digest(trainer) == before
+        seen["goes on"] = trainer.fit_rl(model, make_groups(seed=2), learning_rate=1e-3, save_checkpoint=False).step
+        before_moments = moments(trainer)
+        trainer.verbs.load(str(model.checkpoints_dir / "0001"))
+        after = moments(trainer)
+        trainer.verbs.save("again")
+        trainer.verbs.load(str(model.checkpoints_dir / "again"))
+        seen["same moments"] = moments(trainer) == after != before_moments
+    return seen
+
+
+def moments(trainer: fitrl.LocalTrainer) -> str:
+    """What tells this rank's moments from any others."""
+    sha = hashlib.sha256()
+    for entry in trainer.optimizers[0].state.values():
+        for name in ("exp_avg", "exp_avg_sq"):
+            held = entry[name].to_local() if isinstance(entry[name], DTensor) else entry[name]
+            sha.update(held.cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
 def refused(root: Path) -> str:
     """What cannot be cut into pieces."""
     model = fitrl.TrainableModel("refused", "fsdp2", "tiny", lora=None, root=root)
@@ -137,6 +228,9 @@ def main() -> None:
     root = output.parent / f"{output.name}.runs"
     seen: dict[str, Any] = {"train": train(root), "sampled": sample_between(root), "resumed": resume(root)}
     seen["refused"] = refused(root)
+    if SEVERAL:
+        seen["mid-call"] = in_mid_call(root)
+        seen["save"] = save(root)
     plain = AutoModelForCausalLM.from_pretrained(seen["train"]["full"]["checkpoint"])
     seen["saved"] = {name: list(tensor.shape) for name, tensor in plain.state_dict().items()}
     suffix = f".{os.environ['RANK']}" if SEVERAL else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import fitrl
 from distributed.fsdp2_worker import CASES
 from distributed.launch import HERE, environment, torchrun
+from fitrl.errors import CheckpointError
+from fitrl.policy.checkpoints import verify
 from samples import make_groups
 
 pytestmark = pytest.mark.slow
@@ -117,6 +121,61 @@ def test_one_process_goes_on_from_what_two_saved(seen, kind) -> None:
         results[name] = (result.metrics["loss/grad_norm"], weights)
     assert results["two.0"][0] == pytest.approx(results["one"][0], rel=1e-8)
     assert float((results["two.0"][1] - results["one"][1]).abs().max()) < 1e-6
+
+
+def test_each_rank_writes_its_moments_and_nobody_all_of_them(seen) -> None:
+    folder = Path(seen["two.0"]["train"]["full"]["checkpoint"])
+    manifest = verify(folder)
+    files = sorted((folder / "moments").iterdir())
+    assert len(files) == 2 and {f"moments/{file.name}" for file in files} <= manifest.files.keys()
+    parts = [load_file(file) for file in files]
+    sizes = [sum(tensor.numel() for tensor in part.values()) for part in parts]
+    whole = seen["two.0"]["train"]["full"]["all"]
+    assert sum(sizes) == 2 * whole and max(sizes) < 0.52 * 2 * whole
+    state = torch.load(folder / "trainer_state.pt", weights_only=True)["optimizer"]["state"]
+    assert len(state) > 10 and all(entry.keys() == {"step"} for entry in state.values())
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "missing", "more"])
+def test_a_checkpoint_whose_pieces_are_not_as_written_is_refused(seen, damage, tmp_path) -> None:
+    saved = Path(seen["two.0"]["resumed"]["full"]["checkpoint"])
+    model = fitrl.TrainableModel("damaged", "fsdp2", "tiny", lora=None, root=tmp_path)
+    folder = model.checkpoints_dir / saved.name
+    shutil.copytree(saved, folder)
+    file = next((folder / "moments").iterdir())
+    content = bytearray(file.read_bytes())
+    if damage == "cut":
+        file.write_bytes(content[:-8])
+    elif damage == "changed":
+        content[-1] ^= 1
+        file.write_bytes(content)
+    elif damage == "missing":
+        file.unlink()
+    else:
+        shutil.copy(file, file.with_name("shard-00009-model-00001-of-00001.safetensors"))
+    with fitrl.LocalTrainer(accelerator="cpu", devices=1, precision="64-true", enable_model_summary=False) as trainer:
+        if damage != "more":
+            trainer.open(model)
+            assert trainer.global_step == 0  # passed over, as any checkpoint that is not whole
+        with pytest.raises(CheckpointError, match="no whole checkpoint"):
+            trainer.open(model) and trainer.verbs.load(str(folder))
+
+
+def test_a_save_that_fails_on_one_rank_fails_on_all_and_leaves_nothing(seen) -> None:
+    for name in ("two.0", "two.1"):
+        saved = seen[name]["save"]
+        assert saved["full 0"].startswith("CheckpointError") and "rank 0" in saved["full 0"]
+        assert saved["full 1"].startswith("CheckpointError") and "rank 1" in saved["full 1"]
+        assert saved["left 0"] == saved["left 1"] == ["0001"]
+        assert saved["goes on"] == 2 and saved["same weights"] and saved["same moments"]
+        assert "moments" not in saved["weights"] and "trainer_state.pt" not in saved["weights"]
+
+
+def test_a_callback_that_samples_in_the_middle_of_a_call_is_told_what_to_do(seen) -> None:
+    for name in ("two.0", "two.1"):
+        said = seen[name]["mid-call"]
+        assert said["trainer's"].startswith("SamplerError") and "sample between calls" in said["trainer's"]
+        assert said["own"].startswith("SamplerError") and "lie in pieces on several ranks" in said["own"]
 
 
 def test_moments_that_cannot_be_cut_are_refused(seen) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
 import random
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import lightning
 import numpy as np
@@ -17,7 +20,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 import fitrl
 from fitrl.demo import TASKS, correct
-from fitrl.errors import InvalidArgumentError, RunLockedError
+from fitrl.errors import GroupError, InvalidArgumentError, RunLockedError, SamplerError
 from samples import make_groups
 
 CPU = {"accelerator": "cpu", "devices": 1, "enable_model_summary": False}
@@ -279,6 +282,60 @@ def test_a_given_sampler_always_has_the_open_policy(model, tmp_path) -> None:
         with pytest.raises(RuntimeError, match="boom"):
             trainer.fit_rl(model, make_groups(seed=2), learning_rate=1e-3, num_minibatches=2)
         assert sampler.version == 2 and is_current()
+
+
+class Samples(lightning.Callback):
+    """Samples in the middle of a call: with the trainer's sampler, one that it had before, or in a notebook's way."""
+
+    def __init__(self, how: str, model: fitrl.TrainableModel) -> None:
+        self.how, self.model, self.sampler, self.armed = how, model, None, True
+
+    def on_train_batch_end(self, trainer, *rest) -> None:
+        if not self.armed:
+            return
+        sampler = trainer.sampler(self.model) if self.how == "asked" else self.sampler
+
+        def sample() -> None:
+            fitrl.rollout(sampler, TASKS[:1], reward=correct, group_size=1, max_new_tokens=2)
+
+        async def notebook() -> None:
+            sample()
+
+        asyncio.run(notebook()) if self.how == "in a loop" else sample()
+
+
+@pytest.mark.parametrize("how", ["asked", "kept", "in a loop"])
+def test_a_callback_that_samples_in_the_middle_of_a_call_is_told_so(how, model) -> None:
+    samples = Samples(how, model)
+    with fitrl.LocalTrainer(**CPU, callbacks=[samples]) as trainer:
+        samples.sampler = trainer.sampler(model)
+        with pytest.raises((SamplerError, GroupError), match="sample between calls, or give LocalTrainer"):
+            trainer.fit_rl(model, make_groups(seed=1))
+        samples.armed = False
+        assert trainer.fit_rl(model, make_groups(seed=1)).num_optimizer_steps == 1
+        assert fitrl.rollout(trainer.sampler(model), TASKS[:1], reward=correct, group_size=1, max_new_tokens=2)
+
+
+def test_another_thread_that_samples_in_the_middle_of_a_call_waits_for_its_end(model) -> None:
+    class Starts(lightning.Callback):
+        job = None
+
+        def on_train_batch_start(self, trainer, *rest) -> None:
+            if self.job is None:
+                self.job = pool.submit(sample, trainer)
+                asked.wait(30.0)
+
+    def sample(trainer) -> int:
+        sampler = trainer.sampler(model)  # made in the middle of the call
+        asked.set()
+        [group] = fitrl.rollout(sampler, TASKS[:1], reward=correct, group_size=1, max_new_tokens=2)
+        [trajectory] = group.trajectories
+        return trajectory.messages_and_choices[-1].version
+
+    asked, starts = threading.Event(), Starts()
+    with ThreadPoolExecutor(1) as pool, fitrl.LocalTrainer(**CPU, callbacks=[starts]) as trainer:
+        trainer.fit_rl(model, make_groups(seed=1), num_minibatches=2)
+        assert starts.job.result(30.0) == 2
 
 
 # -- calls that end early ---------------------------------------------------------------------------------------------

@@ -3,6 +3,9 @@
 Every function is a collective: all ranks call it, in the same order. With one process each returns at once. Rollouts
 have a group of their own: they may run on one thread beside a call of `fit_rl` on another, and two threads of a rank
 have no order.
+
+Under tensor parallel consecutive ranks work on the same data: `share_data`. They count as one where data is dealt and
+where what came of it is summed.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from fitrl.errors import FitRLError, RankError, RankLostError
 _T = TypeVar("_T")
 _rollouts: dist.ProcessGroup | None = None
 _lifeline: Lifeline | None = None
+_sharing = 1  # consecutive ranks with the same data
 _NEWS_S = 2.0  # a connection that breaks is heard of in milliseconds, on a busy machine later
 
 
@@ -76,6 +80,17 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
+def share_data(size: int) -> None:
+    """Have each `size` consecutive ranks work on the same data."""
+    global _sharing
+    _sharing = size
+
+
+def num_data_ranks() -> int:
+    """Ranks with data of their own; those that share it count as one."""
+    return max(1, world_size() // _sharing)
+
+
 @naming_the_lost()
 def collect(text: str, *, of_rollouts: bool = False) -> list[str]:
     """Everyone's text, by rank; over the rollouts' own group if asked for."""
@@ -107,10 +122,10 @@ def highest(number: int) -> int:
 
 @naming_the_lost()
 def sum_up(values: Tensor) -> Tensor:
-    """Sum of everyone's tensor [N], on the CPU."""
+    """Sum of everyone's tensor [N], on the CPU; of those that share their data the first one's counts."""
     if world_size() == 1:
         return values
-    total = values.to(_device())
+    total = (values if rank() % _sharing == 0 else torch.zeros_like(values)).to(_device())
     dist.all_reduce(total)
     return total.cpu()
 
@@ -166,9 +181,11 @@ def together(work: Callable[[], _T]) -> _T:
     return result
 
 
-def share_of(items: Sequence[_T]) -> list[_T]:
-    """This rank's items: every `world_size`-th."""
-    return list(items[rank() :: world_size()])
+def share_of(items: Sequence[_T], *, of_rollouts: bool = False) -> list[_T]:
+    """This rank's items: those of its data, or of its rollouts, which each rank makes alone."""
+    if of_rollouts:
+        return list(items[rank() :: world_size()])
+    return list(items[rank() // _sharing :: num_data_ranks()])
 
 
 def _device() -> torch.device:

@@ -24,6 +24,7 @@ from fitrl.objective.objective import Objective, PolicyLoss
 from fitrl.objective.policy_loss import LossTerms, added, loss_terms
 from fitrl.objective.rows import RowShape, RowStatistics, scaled, statistics, swept_
 from fitrl.objective.token_rows import TokenRows, independent_of_other_rows, token_rows
+from fitrl.objective.vocabulary_shard import VocabularyShard
 
 
 def fused_linear_policy_loss(
@@ -43,6 +44,7 @@ def fused_linear_policy_loss(
     exact_logits: bool = False,
     with_entropies: bool = False,
     leave_out: bool = True,
+    shard: VocabularyShard | None = None,
     rollout_logprobs: Tensor | None = None,
     reference_logprobs: Tensor | None = None,
     num_tokens: Tensor | float | None = None,
@@ -61,12 +63,17 @@ def fused_linear_policy_loss(
     and the metrics of ratios are over the rows that were computed. Finding the rows takes a device synchronisation if
     `mask` and `advantages` are on a GPU; with the mask alone on the CPU only masked-out rows are left out.
 
+    With a `shard` of the vocabulary it is a collective of the ranks that hold the others. Statistics of each row cross
+    between them, and in backward the sum of their gradients of the hidden states [T, H]; loss, logprobs and the
+    gradient of `hidden` are those of the whole head on every rank, the gradients of `weight` and `bias` those of the
+    rows that are here. It takes two sweeps, and a tile that does not fit is an error.
+
     Targets are checked against V on the CPU; on a GPU only with FITRL_DEBUG=1 in the environment, because it
     synchronises. Otherwise one that is out of range there makes a NaN.
 
     Args:
         hidden: [T, H] bf16, fp16, fp32 or fp64, with grad.
-        weight: [V, H] output head, with grad or frozen.
+        weight: [V, H] output head, with grad or frozen; or the rows of it that `shard` says.
         targets: [T] int64, the token that each row predicts.
         old_logprobs: [T], see `policy_loss`; so are the other tensors of its names. None of them gets a gradient.
         advantages: [T].
@@ -81,6 +88,7 @@ def fused_linear_policy_loss(
         exact_logits: float32 logits from 16-bit inputs, instead of logits rounded to 16 bits.
         with_entropies: also compute entropies when `entropy_coef` is 0.
         leave_out: False: compute all rows, and never synchronise; for rows that were chosen before.
+        shard: which rows of the head `weight` is, and who holds the others; None: it is the whole head.
         rollout_logprobs: [T].
         reference_logprobs: [T].
         num_tokens: global count.
@@ -94,7 +102,7 @@ def fused_linear_policy_loss(
     Raises:
         InvalidArgumentError: shapes, devices or dtypes that do not fit, targets out of range.
     """
-    size = check_head(hidden, weight, targets, bias, temperature, rows_per_tile, softcap)
+    size = check_head(hidden, weight, targets, bias, temperature, rows_per_tile, softcap, shard)
     vectors = {
         "old_logprobs": old_logprobs,
         "advantages": advantages,
@@ -116,8 +124,8 @@ def fused_linear_policy_loss(
             )
             index = None if index is None else index.to(hidden.device, non_blocking=True)
         mask = mask.to(hidden.device, non_blocking=True).bool()
-        check_targets(targets, len(weight), mask)
-        shape = row_shape(hidden, targets, temperature, bias, softcap)
+        check_targets(targets, len(weight) if shard is None else shard.size, mask)
+        shape = row_shape(hidden, targets, temperature, bias, softcap, shard=shard)
         if index is not None:
             shape.targets = shape.targets.index_select(0, index)
             shape.temperature = shape.temperature.index_select(0, index)
@@ -163,6 +171,7 @@ def fused_linear_policy_loss(
         vocabulary=len(weight),
         itemsize=job.itemsize,
         device=hidden.device,
+        shard=shard,
     )
     return PolicyLoss(
         loss=loss, metrics=job.metrics, logprobs=job.whole(job.logprobs), entropies=job.whole(job.entropies)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fitrl.errors import InvalidArgumentError
 from fitrl.objective.rows import RowShape
+from fitrl.objective.vocabulary_shard import VocabularyShard
 
 
 def wide_dtype(tensor: Tensor) -> torch.dtype:
@@ -28,6 +29,7 @@ def row_shape(
     softcap: float | None,
     *,
     size: int | None = None,
+    shard: VocabularyShard | None = None,
 ) -> RowShape:
     """How the logits of `like` [T, ...] become a distribution, as tensors on its device; nothing waits for it."""
     if isinstance(temperature, Tensor):
@@ -39,6 +41,7 @@ def row_shape(
         temperature=scale.expand(len(like) if size is None else size),
         bias=None if bias is None else bias.detach().contiguous(),
         softcap=softcap,
+        shard=shard,
     )
 
 
@@ -50,6 +53,7 @@ def check_head(
     temperature: Tensor | float,
     rows_per_tile: int | None,
     softcap: float | None,
+    shard: VocabularyShard | None = None,
 ) -> int:
     """Check a linear head and its rows; returns T.
 
@@ -71,6 +75,8 @@ def check_head(
         raise InvalidArgumentError(f"softcap must be greater than 0, got {softcap}")
     if rows_per_tile is not None and rows_per_tile < 1:
         raise InvalidArgumentError(f"rows_per_tile must be at least 1, got {rows_per_tile}")
+    if shard is not None:
+        shard.check(len(weight))
     check_rows(hidden, targets, temperature, len(hidden))
     return len(hidden)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fitrl.objective.rows import RowShape, RowStatistics, gradients_
+from fitrl.objective.vocabulary_shard import VocabularyShard
 
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -33,8 +34,8 @@ class LinearHead:
 
     Args:
         hidden: [T, H].
-        weight: [V, H].
-        shape: targets, temperature, bias and soft cap.
+        weight: [V, H], or the rows of it that are here.
+        shape: targets, temperature, bias, soft cap and shard.
         exact: keep logits of 16-bit inputs in float32.
         dtype: of the products; None: what autocast asks for, else that of `hidden`.
     """
@@ -55,7 +56,7 @@ class LinearHead:
 
     def one_sweep(self, *, with_entropies: bool) -> bool:
         """Whether `rows.swept_` does for these rows; an entropy's gradient is no multiple of its values."""
-        return not with_entropies and self.dtype != torch.float16
+        return not with_entropies and self.dtype != torch.float16 and self.shape.shard is None
 
     def logits(self, tile: slice) -> Tensor:
         """Raw logits [R, V] of a tile, in the buffer that the next tile will take."""
@@ -128,6 +129,8 @@ class HeadGradients:
             product(d_logits, head.weight, self._hidden_dtype, out=self.hidden[tile])
             if unit is not None:
                 self.hidden[tile] *= unit
+            if shape.shard is not None:
+                shape.shard.add_up(self.hidden[tile])
         if self._needs_weight:
             self._add_to_weight(d_logits.t(), head.hidden[tile], unit)
         if self.bias is not None:
@@ -188,10 +191,12 @@ def in_tiles(
     vocabulary: int,
     itemsize: int,
     device: torch.device,
+    shard: VocabularyShard | None = None,
 ) -> _Result:
     """Call `compute(rows_per_tile)`; if the device is out of memory, halve it and call again, until 1 row does not fit.
 
-    What had to be halved is remembered: later calls on the device hold no more bytes of logits than what fitted.
+    What had to be halved is remembered: later calls on the device hold no more bytes of logits than what fitted. With a
+    shard nothing is halved and nothing remembered: every rank has to cut alike.
 
     Args:
         compute: may be called several times.
@@ -200,10 +205,12 @@ def in_tiles(
         vocabulary: columns of the logits.
         itemsize: bytes of a logit.
         device: of the logits.
+        shard: which of the whole vocabulary's columns these are; None: all.
     """
     of_row = max(1, vocabulary * itemsize)
     allowed = _TILE_BYTES.get(device.type, _TILE_BYTES["cpu"]) if rows_per_tile is None else rows_per_tile * of_row
-    most = max(1, min(allowed, _FITTING.get(device, allowed)) // of_row)
+    fitted = allowed if shard is not None else _FITTING.get(device, allowed)
+    most = max(1, min(allowed, fitted) // of_row)
     size = most
     if rows_per_tile is None and rows > most:
         even = -(-rows // -(-rows // most))
@@ -213,7 +220,7 @@ def in_tiles(
         try:
             return compute(size)
         except torch.OutOfMemoryError:
-            if size == 1:
+            if size == 1 or shard is not None:
                 raise
         size = (size + 1) // 2  # outside of the handler, whose traceback holds what was allocated
         _FITTING[device] = size * of_row

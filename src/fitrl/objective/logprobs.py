@@ -16,6 +16,7 @@ from fitrl.errors import InvalidArgumentError
 from fitrl.objective.head_inputs import check_head, check_rows, check_targets, row_shape
 from fitrl.objective.linear_head import HeadGradients, LinearHead, compute_dtype, in_tiles, product, tiles
 from fitrl.objective.rows import RowShape, RowStatistics, gradients_, statistics, swept_
+from fitrl.objective.vocabulary_shard import VocabularyShard
 
 
 def linear_logprobs(
@@ -29,10 +30,12 @@ def linear_logprobs(
     rows_per_tile: int | None = None,
     exact_logits: bool = False,
     with_entropies: bool = False,
+    shard: VocabularyShard | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability of each target under `softmax(hidden @ weight.T / temperature)`, by tiles of rows.
 
-    One product without grad; with it, backward computes the logits again: four.
+    One product without grad; with it, backward computes the logits again: four. With a `shard` of the vocabulary it is
+    a collective, see `fused_linear_policy_loss`.
 
     Returns:
         logprobs [T] and, with `with_entropies`, entropies [T]; float32 (float64 from float64), with grad.
@@ -40,9 +43,9 @@ def linear_logprobs(
     Raises:
         InvalidArgumentError: shapes, devices or dtypes that do not fit, targets out of range.
     """
-    check_head(hidden, weight, targets, bias, temperature, rows_per_tile, softcap)
-    check_targets(targets, len(weight), None)
-    shape = row_shape(hidden, targets, temperature, bias, softcap)
+    check_head(hidden, weight, targets, bias, temperature, rows_per_tile, softcap, shard)
+    check_targets(targets, len(weight) if shard is None else shard.size, None)
+    shape = row_shape(hidden, targets, temperature, bias, softcap, shard=shard)
     logprobs, entropies = LinearLogprobs.apply(  # type: ignore[no-untyped-call]
         hidden, weight, bias, shape, rows_per_tile, exact_logits, with_entropies
     )
@@ -145,6 +148,7 @@ class LinearLogprobs(torch.autograd.Function):
             "vocabulary": len(weight),
             "itemsize": 4 if exact and dtype.itemsize == 2 else dtype.itemsize,
             "device": hidden.device,
+            "shard": shape.shard,
         }
         found = in_tiles(all_tiles, **ctx.tiling)
         entropies = found.logprobs.new_empty(0) if found.entropies is None else found.entropies

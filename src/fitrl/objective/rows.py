@@ -2,7 +2,8 @@
 
 Enters: a [T, V] tile of raw logits as the head's matrix product leaves them, and vectors over its rows. Leaves: the
 statistics that a loss needs, or the gradient of the logits. No loss is defined here: the gradient starts from
-d loss / d logprob and d loss / d entropy of each row.
+d loss / d logprob and d loss / d entropy of each row. Where the columns lie on several ranks the same sweeps run over
+those that are here, and `VocabularyShard` joins what they found.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from fitrl.objective.vocabulary_shard import VocabularyShard
 
 _log = logging.getLogger(__name__)
 
@@ -41,26 +44,37 @@ class RowShape:
     Attributes:
         targets: [T] int64.
         temperature: [T] float32 (float64 with float64 logits).
-        bias: [V] or None.
+        bias: [V] or None; of the columns that are here.
         softcap: or None.
+        shard: which columns are here; None: all.
     """
 
     targets: Tensor
     temperature: Tensor
     bias: Tensor | None = None
     softcap: float | None = None
+    shard: VocabularyShard | None = None
+
+    @property
+    def columns(self) -> Tensor:
+        """[T] the targets' columns; out of range where another rank has them."""
+        return self.targets if self.shard is None else self.shard.columns(self.targets)
 
     def __getitem__(self, tile: slice) -> RowShape:
         """Of some of the rows."""
         return RowShape(
-            targets=self.targets[tile], temperature=self.temperature[tile], bias=self.bias, softcap=self.softcap
+            targets=self.targets[tile],
+            temperature=self.temperature[tile],
+            bias=self.bias,
+            softcap=self.softcap,
+            shard=self.shard,
         )
 
 
 def statistics(
     logits: Tensor, shape: RowShape, *, with_entropies: bool = False, rows: Tensor | None = None
 ) -> RowStatistics:
-    """Log-sum-exp, target logprob and, if asked for, entropy of each row, in one sweep.
+    """Log-sum-exp, target logprob and, if asked for, entropy of each row, in one sweep; a collective with a shard.
 
     Args:
         logits: [N, V] raw logits; rows may be apart in memory, a row may not.
@@ -71,19 +85,23 @@ def statistics(
     Returns:
         float32 vectors (float64 from float64).
     """
+    columns = shape.columns
     if (kernels := _kernels(logits)) is not None:
         lse, logprobs, entropies = kernels.statistics(
-            logits, shape.targets, shape.temperature, shape.bias, shape.softcap, with_entropies, rows
+            logits, columns, shape.temperature, shape.bias, shape.softcap, with_entropies, rows
         )
-        return RowStatistics(lse=lse, logprobs=logprobs, entropies=entropies)
-    z, _ = _bent(logits if rows is None else logits.index_select(0, rows), shape)
-    lse = z.logsumexp(dim=1)
-    logprobs = z.gather(1, shape.targets[:, None]).squeeze(1) - lse
-    entropies = None
-    if with_entropies:
-        # not lse minus the mean logit: that cancels where the logits share an offset
-        log_probs = z.sub_(lse[:, None])
-        entropies = -(log_probs.exp() * log_probs).sum(dim=1)
+    else:
+        z, _ = _bent(logits if rows is None else logits.index_select(0, rows), shape)
+        lse = z.logsumexp(dim=1)
+        logprobs = z.gather(1, _inside(columns, shape, z)[:, None]).squeeze(1) - lse
+        entropies = None
+        if with_entropies:
+            # not lse minus the mean logit: that cancels where the logits share an offset
+            log_probs = z.sub_(lse[:, None])
+            entropies = -(log_probs.exp() * log_probs).sum(dim=1)
+    if shape.shard is not None:
+        is_here = (columns >= 0) & (columns < logits.shape[1])
+        lse, logprobs, entropies = shape.shard.joined(lse, logprobs, entropies, is_here)
     return RowStatistics(lse=lse, logprobs=logprobs, entropies=entropies)
 
 
@@ -96,7 +114,8 @@ def swept_(logits: Tensor, shape: RowShape, dtype: torch.dtype) -> tuple[RowStat
 
     Args:
         logits: [T, V]; their storage may hold the result.
-        shape: of the rows.
+        shape: of the rows, all of whose columns are here: a shift that each rank chose for itself might be too far
+            below the others' logits.
         dtype: of the values; that of the logits, or a narrower one, but not float16, whose exponent is too small.
 
     Returns:
@@ -146,7 +165,7 @@ def gradients_(
         kernels.gradients_(
             logits,
             result,
-            shape.targets,
+            shape.columns,
             shape.temperature,
             shape.bias,
             shape.softcap,
@@ -161,7 +180,10 @@ def gradients_(
     log_probs = z.sub_(torch.where(dead, 0.0, found.lse)[:, None])
     probs = log_probs.exp()
     gradient = probs * -d_logprobs[:, None]
-    gradient.scatter_add_(1, shape.targets[:, None], d_logprobs[:, None].to(gradient.dtype))
+    columns = shape.columns
+    inside = _inside(columns, shape, gradient)
+    at_target = torch.where(columns == inside, d_logprobs, 0.0)
+    gradient.scatter_add_(1, inside[:, None], at_target[:, None].to(gradient.dtype))
     if d_entropies is not None and found.entropies is not None:  # dH/dz = -p (log p + H)
         gradient.sub_(d_entropies[:, None] * probs * (log_probs + found.entropies[:, None]))
     gradient /= shape.temperature[:, None]
@@ -183,6 +205,11 @@ def scaled(tensor: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         kernels.scale(tensor, factor, result)
         return result
     return torch.mul(tensor, factor.to(tensor.dtype), out=tensor).to(dtype)
+
+
+def _inside(columns: Tensor, shape: RowShape, logits: Tensor) -> Tensor:
+    """Columns that can be read: those of targets that another rank has are moved to the nearest one here."""
+    return columns if shape.shard is None else columns.clamp(0, logits.shape[1] - 1)
 
 
 def _bent(logits: Tensor, shape: RowShape) -> tuple[Tensor, Tensor | None]:

@@ -2,6 +2,7 @@
 
     <run>/checkpoints/0012/   model.safetensors or adapter_model.safetensors, configuration, tokenizer,
                               trainer_state.pt (optimizer, schedule, RNG, reward history),
+                              moments/ (the optimizer's, where each rank holds and writes a part of them),
                               fitrl.json (the manifest: step, kind, size and SHA-256 of every other file)
 
 A folder is written under a temporary name, flushed to disk and renamed, so a crash at any moment leaves the old
@@ -18,9 +19,10 @@ import pickle  # its error only; nothing is unpickled
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ from fitrl.errors import CheckpointError
 _log = logging.getLogger(__name__)
 _MANIFEST = "fitrl.json"
 _STATE = "trainer_state.pt"
+MOMENTS = "moments"
 _LEFTOVER = re.compile(r"\.(?P<name>.+)-[0-9a-f]{8}\.(?P<kind>tmp|old)")
 
 
@@ -53,8 +56,33 @@ class Manifest:
     files: Mapping[str, tuple[int, str]] = field(default_factory=dict)
 
 
+def begin(folder: Path) -> Path:
+    """Make the temporary folder of a checkpoint and its folder of moments, for ranks to write before `write` is called.
+
+    Raises:
+        CheckpointError: it cannot be made.
+    """
+    temporary = _beside(folder, "tmp")
+    try:
+        (temporary / MOMENTS).mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot write the checkpoint {folder}: {error}") from error
+    return temporary
+
+
+def discard(temporary: Path) -> None:
+    """Delete what was begun."""
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
 def write(
-    folder: Path, manifest: Manifest, write_weights: Callable[[Path], None], state: dict[str, Any] | None
+    folder: Path,
+    manifest: Manifest,
+    write_weights: Callable[[Path], None],
+    state: dict[str, Any] | None,
+    *,
+    begun: Path | None = None,
+    sums: Mapping[str, tuple[int, str]] = MappingProxyType({}),
 ) -> None:
     """Write a checkpoint folder atomically, in place of an older one of the same name.
 
@@ -63,19 +91,22 @@ def write(
         manifest: what it holds.
         write_weights: writes weights, configuration and tokenizer into the folder it is given.
         state: the resumable state, primitives and tensors only; None for weights only.
+        begun: what `begin` made, where ranks have written; None: nothing was begun.
+        sums: size and SHA-256 of what was written there, where they are known; `checksums` gives them.
 
     Raises:
         CheckpointError: it could not be written; nothing that was there before is lost.
     """
-    temporary = _beside(folder, "tmp")
+    temporary = _beside(folder, "tmp") if begun is None else begun
     replaced = None
     try:
-        temporary.mkdir(parents=True)
+        temporary.mkdir(parents=True, exist_ok=begun is not None)
         write_weights(temporary)
         if state is not None:
             torch.save(state, temporary / _STATE)
-        sums = {name: (path.stat().st_size, _sha256(path)) for name, path in _files(temporary).items()}
-        (temporary / _MANIFEST).write_text(json.dumps(asdict(replace(manifest, files=sums)), indent=2) + "\n")
+        others = [name for name in _files(temporary) if name not in sums]
+        manifest = replace(manifest, files=dict(sums) | checksums(temporary, others))
+        (temporary / _MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n")
         for path in (*_files(temporary).values(), temporary / _MANIFEST):
             _flush(path)
         for path in temporary.rglob("*"):
@@ -96,6 +127,23 @@ def write(
         if isinstance(error, OSError | SafetensorError | RuntimeError):
             raise CheckpointError(f"cannot write the checkpoint {folder}: {error}") from error
         raise
+
+
+def checksums(folder: Path, names: Sequence[str]) -> dict[str, tuple[int, str]]:
+    """Size and SHA-256 of files, by their paths in the folder."""
+    return {name: ((folder / name).stat().st_size, _sha256(folder / name)) for name in names}
+
+
+def moments_of(folder: Path, manifest: Manifest) -> Path | None:
+    """The folder of moments of a checkpoint that was verified; None where they are a part of its state.
+
+    Raises:
+        CheckpointError: it holds a file that was not written with it.
+    """
+    found = {name for name in _files(folder) if name.startswith(f"{MOMENTS}/")}
+    if more := sorted(found - manifest.files.keys()):
+        raise CheckpointError(f"{folder} is no whole checkpoint: {more[0]} is none of what was written")
+    return folder / MOMENTS if found else None
 
 
 def verify(folder: Path) -> Manifest:

@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from fitrl.objective.vocabulary_shard import VocabularyShard
 
 
 def is_linear(head: Any) -> bool:
@@ -40,6 +43,17 @@ def weight_and_bias(head: Any) -> tuple[Tensor, Tensor | None]:
             with torch.autocast(weight.device.type, enabled=False):
                 weight = weight + head.scaling[name] * (up @ down)
     return weight, bias
+
+
+def own_rows(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, VocabularyShard | None]:
+    """The rows of a head that are on this rank, and which ones they are; None: all."""
+    if not isinstance(weight, DTensor):
+        return weight, bias, None
+    mesh = weight.device_mesh
+    rows: Tensor = weight.to_local()
+    start = mesh.get_local_rank() * len(rows)  # shares are equal
+    shard = VocabularyShard(group=mesh.get_group(), start=start, size=len(weight))
+    return rows, bias.to_local() if isinstance(bias, DTensor) else bias, shard
 
 
 def _has_lora(head: Any) -> bool:

@@ -91,10 +91,11 @@ class CallTotals:
     mismatch: RawTotals = field(default_factory=RawTotals)
     steps: RawTotals = field(default_factory=RawTotals)
 
-    def reset(self, device: torch.device) -> None:
-        """Start the next call, on a device."""
+    def reset(self, device: torch.device, group: Any = None) -> None:
+        """Start the next call, on a device; reduced over a process group, None: over all ranks."""
         for totals in (self.microbatches, self.mismatch, self.steps):
             totals.to(device)
+            totals.process_group = group
             totals.reset()
 
     def mark(self) -> None:

@@ -17,6 +17,7 @@ import lightning
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fitrl.data.batch import Batch
 from fitrl.errors import InvalidArgumentError, NonFiniteGradientError, UnsupportedError
@@ -31,7 +32,7 @@ from fitrl.policy.metrics import CallTotals, mismatch
 from fitrl.policy.model import TrainableModel
 from fitrl.policy.optimizers import AdamWSettings, adamw
 from fitrl.policy.policy import Policy
-from fitrl.policy.sharding import gradient_norm, whole
+from fitrl.policy.sharding import clip_by_norm, gradient_norm, whole
 
 # operations that end a model and whose backward does not read what they returned: the gradient may take its place
 _KEEP_NO_RESULT = (
@@ -123,7 +124,7 @@ class PolicyModule(lightning.LightningModule):
         if self.compiles:
             compile_layers(policy)
         if shard is not None:
-            shard(policy, precision=precision, moments=self.optimizer_settings.moments)
+            shard(policy, precision=precision, moments=self.optimizer_settings.moments, compiles=self.compiles)
         self._policy, self.network = policy, policy.network.train()
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -148,7 +149,7 @@ class PolicyModule(lightning.LightningModule):
         fixed = (targets.old_logprobs, targets.advantages, targets.mask, targets.trajectory_ids, objective)
         if policy.has_linear_head:
             hidden = self._hidden_rows(batch)
-            weight, bias = policy.head  # after the layers ran: until then it may lie in pieces on several ranks
+            weight, bias, shard = policy.head_here  # after the layers ran: until then it may lie in pieces
             return fused_linear_policy_loss(
                 hidden,
                 weight,
@@ -159,6 +160,7 @@ class PolicyModule(lightning.LightningModule):
                 softcap=policy.softcap,
                 exact_logits=True,
                 leave_out=False,  # packing did that, and nothing here may wait for the device
+                shard=shard,
                 kl_mean=targets.kl_mean,
                 **common,
             )
@@ -175,7 +177,12 @@ class PolicyModule(lightning.LightningModule):
             outputs["logprobs"] = self._logprob_rows(batch)
         elif objective.inputs == "hidden" and policy.has_linear_head:
             outputs["hidden"] = self._hidden_rows(batch)
-            outputs["weight"], bias = policy.head
+            outputs["weight"], bias, shard = policy.head_here
+            if shard is not None:
+                raise UnsupportedError(
+                    "tensor parallel leaves each rank a part of the output head, so an objective over hidden states "
+                    "would be wrong; use inputs='logprobs' or 'logits', or tensor_parallel_size=1"
+                )
             outputs |= {} if bias is None else {"bias": bias}
         elif objective.inputs == "hidden":
             raise UnsupportedError(
@@ -250,7 +257,7 @@ class PolicyModule(lightning.LightningModule):
         if not policy.has_linear_head:
             return self._logprobs_of_logits(batch, policy)[0]
         hidden = self._hidden_rows(batch, policy)
-        weight, bias = policy.head  # as above
+        weight, bias, shard = policy.head_here  # as above
         return linear_logprobs(
             hidden,
             weight,
@@ -260,6 +267,7 @@ class PolicyModule(lightning.LightningModule):
             softcap=policy.softcap,
             rows_per_tile=rows_per_tile,
             exact_logits=True,
+            shard=shard,
         )[0]
 
     def _logprobs_of_logits(
@@ -303,6 +311,15 @@ class PolicyModule(lightning.LightningModule):
         optimizers: Any = self.trainer.optimizers
         return bool(optimizers) and bool(optimizers[0].state)
 
+    @property
+    def num_data_ranks(self) -> int:
+        """Ranks, or groups of ranks, that each have data of their own, and over which gradients are averaged."""
+        return self.trainer.world_size if self.device_mesh is None else self.device_mesh["data_parallel"].size()
+
+    @property
+    def _data_group(self) -> Any:
+        return None if self.device_mesh is None else self.device_mesh["data_parallel"].get_group()
+
     # -- Lightning's hooks --------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int = 0) -> Tensor:
@@ -313,11 +330,11 @@ class PolicyModule(lightning.LightningModule):
             targets = batch.loss_inputs
             self.totals.mismatch.update(mismatch(result.logprobs, targets.rollout_logprobs, targets.mask))
         self.last_loss = result
-        return result.loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+        return result.loss * (self.trainer.accumulate_grad_batches * self.num_data_ranks)
 
     def on_validation_epoch_start(self) -> None:
         """Forget what the last validation collected."""
-        self.held_out.reset(self.device)
+        self.held_out.reset(self.device, self._data_group)
 
     def validation_step(self, batch: Batch, batch_idx: int = 0) -> None:
         """Collect the objective's raw metrics on held-out trajectories, without learning from them."""
@@ -341,9 +358,8 @@ class PolicyModule(lightning.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Measure the gradient before it is clipped."""
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self.last_grad_norm = gradient_norm(grads)
-        share = 1.0 / self.trainer.world_size  # every rank takes the step, and what they tell is summed
+        self.last_grad_norm = gradient_norm(_gradients(optimizer))
+        share = 1.0 / self.num_data_ranks  # every rank takes the step, and what they tell is summed
         used = float(optimizer.param_groups[0]["lr"])
         if not (math.isfinite(used) and used >= 0):
             raise InvalidArgumentError(
@@ -364,6 +380,20 @@ class PolicyModule(lightning.LightningModule):
         self.totals.mark()
         self.is_updating = True
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as Lightning does; by norm also where gradients lie in pieces over meshes that differ."""
+        grads = _gradients(optimizer)
+        by_norm = gradient_clip_val is not None and gradient_clip_algorithm != "value"
+        if by_norm and gradient_clip_val and any(isinstance(grad, DTensor) for grad in grads):
+            clip_by_norm(grads, gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     def on_train_batch_end(self, *args: Any) -> None:
         """Tell the model which step it stands at."""
         self.is_updating = False
@@ -372,7 +402,7 @@ class PolicyModule(lightning.LightningModule):
     def on_train_epoch_start(self) -> None:
         """Forget the last call's raw metrics, but for those of a call that is run again from a step in its middle."""
         if not self.goes_on:
-            self.totals.reset(self.device)
+            self.totals.reset(self.device, self._data_group)
             self._broken_at = None
         if self.clock is not None and "reward/mean" in self.host_metrics:
             # Lightning's bars are drawn for the last time before the end of the epoch, where the others are known
@@ -424,6 +454,10 @@ class PolicyModule(lightning.LightningModule):
         schedule = self.lr_schedule or _constant
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
 def _constant(step: int) -> float:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from fitrl.data.batch import ModelInputs
 from fitrl.errors import InvalidArgumentError, UnsupportedError
 from fitrl.objective.logprobs import linear_logits
+from fitrl.objective.vocabulary_shard import VocabularyShard
 from fitrl.policy.attention import attention_kernels, is_one_long_history, packed_row, prepare, skips_hidden_keys
-from fitrl.policy.head import weight_and_bias
+from fitrl.policy.head import own_rows, weight_and_bias
 from fitrl.policy.packed_row import as_packed
 
 if TYPE_CHECKING:
@@ -97,6 +98,11 @@ class Policy:
         """Weight [V, H] and bias of the output head, adapters on it included."""
         causal_lm: Any = self.causal_lm
         return weight_and_bias(causal_lm.get_output_embeddings())
+
+    @property
+    def head_here(self) -> tuple[Tensor, Tensor | None, VocabularyShard | None]:
+        """The rows of the output head that are on this rank, and which ones they are; None: all."""
+        return own_rows(*self.head)
 
     def hidden(self, input_ids: Tensor, position_ids: Tensor | None = None, **cache: Any) -> Any:
         """Run the decoder layers; returns transformers' output with `last_hidden_state` [B, L, H]."""

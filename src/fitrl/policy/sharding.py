@@ -5,17 +5,32 @@ Enters: tensors that may be `DTensor`s. Leaves: whole ones, or pieces like anoth
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor put together from its pieces; itself, if it is in one."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    if tensor.to_local().device.type != tensor.device_mesh.device_type:  # offloaded: its ranks cannot meet on the CPU
+        tensor = DTensor.from_local(
+            tensor.to_local().to(tensor.device_mesh.device_type),
+            tensor.device_mesh,
+            tensor.placements,
+            shape=tensor.shape,
+            stride=tensor.stride(),
+        )
+    for dimension in range(tensor.device_mesh.ndim - 1):  # one at a time, or torch warns of the order it chooses
+        placements = [Replicate() if n <= dimension else now for n, now in enumerate(tensor.placements)]
+        tensor = tensor.redistribute(placements=placements)
+    return tensor.full_tensor()
 
 
 def like(tensor: Tensor, held: Any) -> Tensor:
@@ -29,6 +44,11 @@ def like(tensor: Tensor, held: Any) -> Tensor:
 def own_numel(tensor: Tensor) -> int:
     """Numbers of a tensor that lie on this rank."""
     return tensor.to_local().numel() if isinstance(tensor, DTensor) else tensor.numel()
+
+
+def in_pieces(network: nn.Module) -> bool:
+    """Whether a part of some weight is somewhere else, so that nothing outside of training can be computed."""
+    return any(isinstance(parameter, DTensor) or parameter.is_meta for parameter in network.parameters())
 
 
 class Root(nn.Module):
@@ -47,6 +67,35 @@ class Root(nn.Module):
         return call()
 
 
-def gradient_norm(gradients: list[Tensor]) -> Tensor:
-    """Norm over all gradients, the same on every rank."""
-    return whole(torch.nn.utils.get_total_norm(gradients))
+def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Norm over all gradients, the same on every rank.
+
+    Each number counts once, however many ranks hold it: tensors in one piece, and in pieces over meshes that differ,
+    are summed over the dimensions that cut them.
+    """
+    layouts: dict[tuple[DeviceMesh | None, tuple[int, ...]], list[Tensor]] = {}
+    for gradient in gradients:
+        if isinstance(gradient, DTensor):
+            cut = tuple(n for n, placement in enumerate(gradient.placements) if not placement.is_replicate())
+            layouts.setdefault((gradient.device_mesh, cut), []).append(gradient.to_local())
+        else:
+            layouts.setdefault((None, ()), []).append(gradient)
+    squares: list[Tensor] = []
+    for (mesh, cut), own in layouts.items():
+        square = torch.nn.utils.get_total_norm(own).square()
+        if mesh is not None:
+            square = square.to(mesh.device_type)  # offloaded gradients are on the CPU
+            for dimension in cut:
+                dist.all_reduce(square, group=mesh.get_group(dimension))
+        squares.append(square)
+    if not squares:
+        return torch.zeros(())
+    return torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
+
+
+def clip_by_norm(gradients: Sequence[Tensor], most: float) -> None:
+    """Scale all gradients so that their norm is `most`, if it is above."""
+    own = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    factor = (most / (gradient_norm(gradients) + 1e-6)).clamp(max=1.0)  # as torch's `clip_grad_norm_` does
+    for gradient in own:
+        gradient.mul_(factor.to(gradient.device))

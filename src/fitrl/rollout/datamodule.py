@@ -98,7 +98,9 @@ class RolloutDataModule(lightning.LightningDataModule):
         if lend is not None:
             lend()  # where they lie in pieces, each rank samples on its own
         sampler = TransformersSampler(
-            module.policy, version=step, context=self.trainer.strategy.precision_plugin.forward_context
+            getattr(self.trainer.strategy, "lent_policy", module.policy),
+            version=step,
+            context=self.trainer.strategy.precision_plugin.forward_context,
         )
         return rollout(
             sampler,
@@ -129,14 +131,14 @@ class RolloutDataModule(lightning.LightningDataModule):
             return []
         batches = pack(
             samples.flat,
-            num_batches=num_batches * ranks.world_size(),
+            num_batches=num_batches * ranks.num_data_ranks(),
             layout="auto" if policy.can_pack else "padded",
             share_prefixes=policy.can_share,
             hidden_size=policy.hidden_size,
             sparse_attention=policy.skips_hidden_keys,
             measures_mismatch=train,
         )
-        fillers = [batches[0].filler() for _ in range(num_batches * ranks.world_size() - len(batches))]
+        fillers = [batches[0].filler() for _ in range(num_batches * ranks.num_data_ranks() - len(batches))]
         return ranks.share_of(batches + fillers)
 
     def _module(self) -> PolicyModule:

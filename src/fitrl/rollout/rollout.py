@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import bisect
 import contextlib
+import contextvars
 import inspect
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
@@ -219,7 +220,7 @@ async def rollout_async(
 
     groups = [
         TrajectoryGroup([attempt(task, index * group_size + i) for i in range(group_size)])
-        for index, task in ranks.share_of(list(enumerate(tasks)))
+        for index, task in ranks.share_of(list(enumerate(tasks)), of_rollouts=True)
     ]
     attempts = gather(groups, max_concurrency=max_concurrency, max_exceptions=max_exceptions, progress=progress)
     return await attempts if ranks.world_size() == 1 else await _exchanged(attempts, len(tasks))
@@ -288,7 +289,9 @@ def run_blocking(work: Coroutine[Any, Any, _T]) -> _T:
         except BaseException as error:
             failure.append(error)
 
-    thread = threading.Thread(target=target, name="fitrl-rollout")
+    # in this one's context: who samples in the middle of a call of fit_rl is told so
+    context = contextvars.copy_context()
+    thread = threading.Thread(target=context.run, args=(target,), name="fitrl-rollout")
     thread.start()
     try:
         while thread.is_alive():

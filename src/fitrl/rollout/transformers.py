@@ -21,9 +21,14 @@ from fitrl.data.completion import Completion
 from fitrl.errors import InvalidArgumentError, SamplerError
 from fitrl.policy.loading import trained_state
 from fitrl.policy.policy import Policy
+from fitrl.policy.sharding import in_pieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+def _nothing() -> None:
+    """In place of a reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +71,8 @@ class TransformersSampler:
         version: policy version of the weights.
         max_batch_size: most completions sampled at once.
         context: entered around each forward pass: the trainer's autocast.
+        lock: held while it samples, and by whoever changes the weights; None: one of its own.
+        refuses: why a request cannot be answered where it is made, a sentence; None: it can.
     """
 
     def __init__(
@@ -75,11 +82,14 @@ class TransformersSampler:
         version: int = 0,
         max_batch_size: int = 256,
         context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        lock: threading.RLock | None = None,
+        refuses: Callable[[], str | None] = _nothing,
     ) -> None:
         if max_batch_size < 1:
             raise InvalidArgumentError(f"max_batch_size must be at least 1, got {max_batch_size}")
         self.policy = policy
-        self.lock = threading.RLock()
+        self.lock = threading.RLock() if lock is None else lock
+        self._refuses = refuses
         self._version = version
         self._max_batch_size = max_batch_size
         self._context = context
@@ -172,6 +182,8 @@ class TransformersSampler:
     ) -> None:
         if self._closed:
             raise SamplerError("this sampler's trainer was closed or took up another model; ask trainer.sampler(model)")
+        if (reason := self._refuses()) is not None:  # here, on the caller's side: a worker thread would wait forever
+            raise SamplerError(reason)
         if not len(prompt_ids):
             raise InvalidArgumentError("prompt_ids is empty: a completion needs at least one token before it")
         size = self.policy.vocabulary_size
@@ -216,6 +228,12 @@ class TransformersSampler:
         ]
         with self.lock:
             network, version = self.policy.network, self._version
+            if in_pieces(network):
+                raise SamplerError(
+                    "the policy's weights lie in pieces on several ranks: sample between calls of fit_rl, with "
+                    "trainer.sampler(model); with a strategy in your own hands call its lend_weights() first, on every "
+                    "rank, and sample from its lent_policy"
+                )
             was_training = network.training
             network.eval()
             try:

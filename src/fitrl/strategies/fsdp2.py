@@ -1,7 +1,8 @@
 """`fitrl_fsdp2`: the policy's weights, gradients and moments in pieces over the ranks of a `torchrun` job.
 
 Each decoder layer is gathered when it runs and cut again after it; what is left, embeddings and output head among it,
-is gathered once for forward, loss and backward together.
+is gathered once for forward, loss and backward together. With tensor parallel each of these is a part of its own: the
+matrices of a layer, and the vocabulary, are shared out over a second dimension of the mesh.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from typing_extensions import override
 
 from fitrl import _compat
-from fitrl.errors import UnsupportedError
+from fitrl.errors import InvalidArgumentError, UnsupportedError
 from fitrl.policy.layers import decoder_layers
+from fitrl.policy.lending import LentPolicy
 from fitrl.policy.policy import Policy
 from fitrl.policy.sharding import Root
+from fitrl.policy.tensor_parallel import parallelize
 from fitrl.strategies.verbs import PolicyVerbs
 
 
@@ -29,24 +32,42 @@ class FSDP2Strategy(PolicyVerbs, ModelParallelStrategy):
     each, and the gradient is that of one process. The embedded sampler needs whole weights: they are gathered for it
     when it is handed out and after each call, and cut again before the next step.
 
+    With `tensor_parallel_size` N each N consecutive ranks compute one microbatch together: attention heads, the width
+    of the MLP, embeddings and output head are shared out among them, and only their results, and statistics of each row
+    of logits, go from rank to rank. For Qwen3 and Llama. Rollouts are made by each rank alone, with whole weights.
+
     Under a stock `lightning.Trainer` pass `inference_mode=False`, as `LocalTrainer` does: weights that were gathered in
     inference mode cannot be trained on afterwards.
 
     Args:
+        tensor_parallel_size: ranks that compute together; neighbours, which should be of one machine.
         offload: keep weights, gradients and moments in the host's memory; each layer visits the device.
-        **kwargs: of Lightning's `ModelParallelStrategy`, but for the sizes of the mesh.
+        **kwargs: of Lightning's `ModelParallelStrategy`, but for the data's size of the mesh, which is what remains.
+
+    Raises:
+        InvalidArgumentError: the size of tensor parallel does not divide the number of ranks.
     """
 
     strategy_name = "fitrl_fsdp2"
 
-    def __init__(self, *, offload: bool = False, **kwargs: Any) -> None:
-        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, **kwargs)
+    def __init__(self, *, tensor_parallel_size: int = 1, offload: bool = False, **kwargs: Any) -> None:
+        if tensor_parallel_size < 1:
+            raise InvalidArgumentError(f"tensor_parallel_size must be at least 1, got {tensor_parallel_size}")
+        super().__init__(tensor_parallel_size=tensor_parallel_size, save_distributed_checkpoint=False, **kwargs)
+        self.ranks_per_data = tensor_parallel_size
         self.offload = offload
         self._lent = False
+        self._copy: LentPolicy | None = None
 
     @override
     def setup_environment(self) -> None:
-        _compat.set_data_parallel_size(self)
+        size = self.num_nodes * self.num_processes
+        if size % self.ranks_per_data:
+            raise InvalidArgumentError(
+                f"tensor_parallel_size={self.ranks_per_data} does not divide the {size} ranks of this job: start a "
+                "multiple of it, or take a size that does"
+            )
+        _compat.set_data_parallel_size(self, self.ranks_per_data)
         super().setup_environment()
 
     @override
@@ -61,7 +82,7 @@ class FSDP2Strategy(PolicyVerbs, ModelParallelStrategy):
 
     # -- what PolicyModule asks for -----------------------------------------------------------------------------
 
-    def shard(self, policy: Policy, *, precision: str, moments: str) -> None:
+    def shard(self, policy: Policy, *, precision: str, moments: str, compiles: bool) -> None:
         """Cut a policy that was just loaded, the same on every rank, into this rank's pieces.
 
         Args:
@@ -69,12 +90,24 @@ class FSDP2Strategy(PolicyVerbs, ModelParallelStrategy):
             precision: Lightning's; under "bf16-mixed" decoder layers are gathered in bfloat16, which is what they
                 multiply in, and their gradients are summed in float32.
             moments: of AdamW; bitsandbytes' cannot be cut.
+            compiles: whether decoder layers are compiled; with tensor parallel they cannot be.
+
+        Raises:
+            UnsupportedError: one of these, or see `parallelize`.
         """
         if moments != "float32":
             raise UnsupportedError(
                 f"AdamWSettings(moments={moments!r}) cannot be sharded: take 'float32' with strategy='fitrl_fsdp2', or "
                 "strategy='fitrl_ddp'"
             )
+        if self.ranks_per_data > 1 and compiles:
+            raise UnsupportedError(
+                f"compile=True with tensor_parallel_size={self.ranks_per_data}: torch's compiler cannot follow layers "
+                "that are cut over ranks through batches of any length; take compile=False, or tensor_parallel_size=1"
+            )
+        if self.ranks_per_data > 1:
+            self._copy = LentPolicy(policy)
+            parallelize(policy, self.device_mesh["tensor_parallel"])
         options: dict[str, Any] = {"mesh": self.device_mesh["data_parallel"]}
         if self.offload:
             options["offload_policy"] = CPUOffloadPolicy(pin_memory=self.root_device.type == "cuda")
@@ -87,11 +120,21 @@ class FSDP2Strategy(PolicyVerbs, ModelParallelStrategy):
 
     # -- whole weights for the embedded sampler -----------------------------------------------------------------
 
+    @property
+    @override
+    def lent_policy(self) -> Policy:
+        return super().lent_policy if self._copy is None else self._copy.policy
+
     @override
     def lend_weights(self) -> None:
         if self._lent:
             return  # and no step was taken since
         self.take_weights_back()  # what is gathered may be older than the last step
+        if self._copy is not None:
+            self.precision_plugin.convert_module(self._copy.policy.network)
+            self._copy.fill(super().lent_policy.network, self.root_device)
+            self._lent = True
+            return
         for module in self._sharded():
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
@@ -99,12 +142,15 @@ class FSDP2Strategy(PolicyVerbs, ModelParallelStrategy):
 
     @override
     def take_weights_back(self) -> None:
+        in_place = self._lent and self._copy is None
         for module in self._sharded():
             is_root = isinstance(module, Root)
-            if self._lent:
+            if in_place:
                 module.set_reshard_after_forward(not is_root, recurse=False)
-            if self._lent or is_root:  # a pass without a gradient leaves the root gathered
+            if in_place or is_root:  # a pass without a gradient leaves the root gathered
                 module.reshard()
+        if self._copy is not None:
+            self._copy.drain()
         self._lent = False
 
     def _sharded(self) -> list[FSDPModule]:
@@ -121,4 +167,5 @@ class FSDP2Strategy(PolicyVerbs, ModelParallelStrategy):
     @override
     def close(self) -> None:
         self._lent = False
+        self._copy = None
         super().close()

@@ -22,10 +22,11 @@ from fitrl.data import ranks
 from fitrl.data.batch import Batch
 from fitrl.errors import CheckpointError, InvalidArgumentError, NothingAccumulatedError, SessionError
 from fitrl.objective.objective import CustomObjective, Objective
-from fitrl.policy import checkpoints, random_state
+from fitrl.policy import checkpoints, pieces, random_state
 from fitrl.policy.attention import attention_kernels
 from fitrl.policy.loading import load_weights, save_weights, trained_state
 from fitrl.policy.module import PolicyModule
+from fitrl.policy.policy import Policy
 from fitrl.policy.sharding import like, whole
 from fitrl.protocols.results import (
     ForwardBackwardResult,
@@ -40,6 +41,9 @@ from fitrl.strategies.sticky import Sticky
 
 class PolicyVerbs(Sticky):
     """`Trains`, `Scores` and `ExportsWeights` on top of a Lightning strategy that trains in this process."""
+
+    ranks_per_data: int = 1
+    """Consecutive ranks that work on the same data."""
 
     _accumulated: int = 0
     saved_step: int | None = None
@@ -61,10 +65,24 @@ class PolicyVerbs(Sticky):
             raise SessionError("no model is open: call trainer.open(model) or trainer.fit_rl(model, groups) first")
         return module
 
+    # -- ranks --------------------------------------------------------------------------------------------------
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        ranks.share_data(self.ranks_per_data)
+
     # -- the embedded sampler -----------------------------------------------------------------------------------
 
+    @property
+    def lent_policy(self) -> Policy:
+        """What a sampler in this process reads; whole between `lend_weights` and the next step."""
+        module: Any = self.lightning_module
+        policy: Policy = module.policy
+        return policy
+
     def lend_weights(self) -> None:
-        """Let a sampler in this process read the weights until the next step; a collective."""
+        """Make `lent_policy` whole until the next step; a collective."""
 
     def take_weights_back(self) -> None:
         """Make the weights ready for training again; a collective, and nothing if they are."""
@@ -150,7 +168,7 @@ class PolicyVerbs(Sticky):
     def save(self, name: str | None = None, path: str | None = None, weights_only: bool = False) -> str:
         """Save to `<run>/checkpoints/<name>` (default: the step, four digits), or to `path`.
 
-        With several ranks all call it and the first one writes.
+        With several ranks all call it and the first one writes; moments that lie in pieces each rank writes itself.
 
         Raises:
             CheckpointError: it could not be written.
@@ -170,9 +188,17 @@ class PolicyVerbs(Sticky):
             weights_only=weights_only,
         )
         state = None if weights_only else self._state()
+        begun, sums = (None, {}) if weights_only else self._write_moments(folder)
         weights = self._whole_weights()
         ranks.first(
-            lambda: checkpoints.write(folder, manifest, lambda to: save_weights(module.policy, to, weights), state)
+            lambda: checkpoints.write(
+                folder,
+                manifest,
+                lambda to: save_weights(module.policy, to, weights),
+                state,
+                begun=begun,
+                sums=sums,
+            )
         )
         if name is path is None and not weights_only:
             self.saved_step = step
@@ -224,7 +250,7 @@ class PolicyVerbs(Sticky):
             for rate in rates:  # the one in force is no part of the optimizer's state
                 self.set_learning_rate(rate)
         else:
-            self._restore(state)
+            self._restore(state, checkpoints.moments_of(folder, manifest))
         _compat.set_global_step(module.trainer, manifest.step)
         module.model.step = self.saved_step = manifest.step
 
@@ -301,15 +327,35 @@ class PolicyVerbs(Sticky):
         """Everything beside the weights that the next step depends on; primitives and tensors only."""
         module = self.policy_module
         return {
-            "optimizer": _whole_state(_compat.raw_optimizer(self)),
+            "optimizer": _without_pieces(_compat.raw_optimizer(self).state_dict()),
             "schedulers": [config.scheduler.state_dict() for config in self.lr_scheduler_configs],
             "precision": self.precision_plugin.state_dict(),
             "rng": [json.loads(text) for text in ranks.collect(json.dumps(random_state.capture(self.root_device)))],
             "reward_history": list(module.reward_history),
         }
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        _load_state(_compat.raw_optimizer(self), state["optimizer"])
+    def _write_moments(self, folder: Path) -> tuple[Path | None, dict[str, tuple[int, str]]]:
+        """Begin a checkpoint with the moments that lie in pieces, each rank its own; None where none do.
+
+        Returns:
+            where the rest is to be written, and the checksums of what was.
+        """
+        moments = _pieces(_compat.raw_optimizer(self).state_dict())
+        if not moments:
+            return None, {}
+        begun = Path(ranks.first(lambda: str(checkpoints.begin(folder))))
+        try:
+            pieces.write(begun / checkpoints.MOMENTS, moments)
+            written = [path.relative_to(begun).as_posix() for path in sorted((begun / checkpoints.MOMENTS).iterdir())]
+            mine = written[ranks.rank() :: ranks.world_size()]
+            said = ranks.collect(ranks.together(lambda: json.dumps(checkpoints.checksums(begun, mine))))
+        except Exception:
+            checkpoints.discard(begun)
+            raise
+        return begun, {name: (size, checksum) for one in said for name, (size, checksum) in json.loads(one).items()}
+
+    def _restore(self, state: dict[str, Any], moments: Path | None) -> None:
+        _load_state(_compat.raw_optimizer(self), state["optimizer"], moments)
         for config, saved in zip(self.lr_scheduler_configs, state["schedulers"], strict=True):
             config.scheduler.load_state_dict(saved)
         self.precision_plugin.load_state_dict(state["precision"])
@@ -318,18 +364,31 @@ class PolicyVerbs(Sticky):
         self.policy_module.reward_history = [(int(step), float(std)) for step, std in state["reward_history"]]
 
 
-def _whole_state(optimizer: Optimizer) -> dict[str, Any]:
-    """An optimizer's state in whole tensors, as one process would have it."""
-    state: dict[str, Any] = optimizer.state_dict()
+def _pieces(state: dict[str, Any]) -> dict[str, Tensor]:
+    """What lies in pieces of an optimizer's state, by the parameter's number and its own name."""
+    return {
+        f"{number}.{name}": value
+        for number, moments in state["state"].items()
+        for name, value in moments.items()
+        if isinstance(value, DTensor)
+    }
+
+
+def _without_pieces(state: dict[str, Any]) -> dict[str, Any]:
+    """The rest of it."""
     kept = {
-        number: {name: whole(value) if isinstance(value, Tensor) else value for name, value in moments.items()}
+        number: {name: value for name, value in moments.items() if not isinstance(value, DTensor)}
         for number, moments in state["state"].items()
     }
     return state | {"state": kept}
 
 
-def _load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Load an optimizer's state from whole tensors."""
+def _load_state(optimizer: Optimizer, state: dict[str, Any], pieces_in: Path | None) -> None:
+    """Load an optimizer's state from whole tensors, and from a folder of pieces if there is one; no collective.
+
+    Raises:
+        CheckpointError: the folder holds moments of other parameters.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     cut = {
         number: {
@@ -338,4 +397,12 @@ def _load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
         }
         for number, moments in state["state"].items()
     }
+    if pieces_in is not None:
+        found: dict[str, Tensor] = {}
+        for name in pieces.names(pieces_in):
+            number, _, key = name.partition(".")
+            if not number.isdecimal() or int(number) not in cut:
+                raise CheckpointError(f"{pieces_in} holds {name!r}, which is of no parameter that is trained")
+            found[name] = cut[int(number)][key] = torch.zeros_like(parameters[int(number)].detach())
+        pieces.read(pieces_in, found)
     optimizer.load_state_dict(state | {"state": cut})

@@ -121,7 +121,7 @@ def _groups(seed: int) -> list[TrajectoryGroup]:
 
 def microbatches(seed: int, count: int = 1) -> list[Batch]:
     """This rank's `count` microbatches of the step `step_samples(seed)`."""
-    wanted = count * ranks.world_size()
+    wanted = count * ranks.num_data_ranks()
     batches = pack(step_samples(seed), num_batches=wanted)
     return ranks.share_of([*batches, *(batches[0].filler() for _ in range(wanted - len(batches)))])
 

@@ -87,7 +87,7 @@ class ScoresContract(Contract):
         """The same batch on every rank gives the same numbers."""
         with self.open_subject(Setup(folder=folder)) as subject:
             logprobs = subject.forward(*pack(step_samples(1))).logprobs.double()
-            mean = ranks.sum_up(logprobs.clone()) / ranks.world_size()
+            mean = ranks.sum_up(logprobs.clone()) / ranks.num_data_ranks()
             assert float((mean - logprobs).abs().max()) < 1e-6
 
 

@@ -15,7 +15,6 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -43,7 +42,7 @@ from fitrl.trainers.interrupts import Stop
 from fitrl.trainers.learning_rate import num_trajectories_factor, reward_std_factor
 from fitrl.trainers.memory import halve
 from fitrl.trainers.plan import Plan, plan_call, plan_rest
-from fitrl.trainers.session import SessionTrainer
+from fitrl.trainers.session import SessionTrainer, calling
 from fitrl.trainers.settings import UpdateSettings, naming_the_backend
 
 
@@ -84,6 +83,7 @@ class RLTrainer(SessionTrainer):
         if not self._busy.acquire(blocking=False):
             raise SessionError("this trainer is in a fit_rl call already; one trainer trains one model at a time")
         self._busy_thread = threading.get_ident()
+        before = calling.set(self)
         try:
             with ranks.naming_the_lost(), self._interrupts.listen():
                 result = self._update_alone(model, list(groups), settings)
@@ -96,6 +96,7 @@ class RLTrainer(SessionTrainer):
             self._interrupts.take()
             raise
         finally:
+            calling.reset(before)
             self._busy_thread = None
             self._busy.release()
         if self._interrupts.stop is Stop.SIGNALLED:  # of another rank, where this one got none
@@ -196,8 +197,8 @@ class RLTrainer(SessionTrainer):
     def _train(self, samples: SampleSet, settings: UpdateSettings, history: list[tuple[int, float]]) -> None:
         """Plan the call, run it as one epoch, hand the new weights to the sampler; leaves `call_metrics`."""
         session = self._require_session()
-        module, sampler, device = session.module, session.sampler, self.strategy.root_device
-        with sampler.lock if sampler is not None else nullcontext():
+        module, device = session.module, self.strategy.root_device
+        with session.lock:
             start = time.perf_counter()
             plan = plan_call(samples, settings, self.verbs)
             self._check_max_steps(plan.num_steps)

@@ -95,13 +95,13 @@ def _pack(
                 kl_mean=kl_mean,
                 skip_zero_advantage=settings.skips_zero_advantage,
                 measures_mismatch=number == 0,
-                multiple_of=ranks.world_size(),
+                multiple_of=ranks.num_data_ranks(),
                 **_layout(module),
             )
         )
-    accumulate = math.ceil(max(map(len, steps)) / ranks.world_size())
+    accumulate = math.ceil(max(map(len, steps)) / ranks.num_data_ranks())
     for batches in steps:
-        batches += [batches[0].filler() for _ in range(accumulate * ranks.world_size() - len(batches))]
+        batches += [batches[0].filler() for _ in range(accumulate * ranks.num_data_ranks() - len(batches))]
     mine = [batch for batches in steps for batch in ranks.share_of(batches)]
     return Plan(
         batches=[batch.pin_memory() for batch in mine] if device.type == "cuda" else mine,
@@ -147,13 +147,13 @@ def _score(samples: SampleSet, settings: UpdateSettings, verbs: PolicyVerbs) -> 
 def _score_all(
     samples: Sequence[Sample], settings: UpdateSettings, verbs: PolicyVerbs, reference: str | None
 ) -> list[Tensor]:
-    """Logprobs of every sample as [T] columns; NaN where nothing was predicted. Each batch is computed by one rank."""
+    """Logprobs of every sample as [T] columns; NaN where nothing was predicted. Each batch is computed once."""
     module = verbs.policy_module
     while True:
         batches = pack(
             samples,
             max_tokens=max_tokens(samples, settings.max_tokens_per_microbatch, module, verbs.root_device),
-            multiple_of=ranks.world_size(),
+            multiple_of=ranks.num_data_ranks(),
             **_layout(module),
         )
         mine = {id(batch) for batch in ranks.share_of(batches)}

@@ -10,7 +10,8 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,7 +22,7 @@ from lightning.pytorch.strategies import Strategy
 
 from fitrl import _compat
 from fitrl.data import ranks
-from fitrl.errors import InvalidArgumentError, SessionError
+from fitrl.errors import InvalidArgumentError, SamplerError, SessionError
 from fitrl.policy.checkpoints import tidy
 from fitrl.policy.lock import RunLock
 from fitrl.policy.model import TrainableModel
@@ -35,6 +36,9 @@ from fitrl.trainers.interrupts import Interrupts
 from fitrl.trainers.launched import check_processes
 from fitrl.trainers.progress import RewardProgressBar
 
+# the trainer whose call is under way here, also in the threads and tasks that a callback starts
+calling: ContextVar[SessionTrainer | None] = ContextVar("calling", default=None)
+
 
 @dataclass(slots=True)
 class _Session:
@@ -43,6 +47,7 @@ class _Session:
     model: TrainableModel
     module: PolicyModule
     sampler: TransformersSampler | None = None
+    lock: threading.RLock = field(default_factory=threading.RLock)  # of the weights: training, or sampling
 
 
 class SessionTrainer(lightning.Trainer):
@@ -183,20 +188,36 @@ class SessionTrainer(lightning.Trainer):
         """The sampler of a model's newest policy: the one given at construction, or the embedded one.
 
         The embedded one shares the trainer's weights and waits while it trains.
+
+        Raises:
+            SamplerError: a callback asks for the embedded one in the middle of a call, which would wait for itself.
         """
         self.open(model)
         session = self._require_session()
         if self._given_sampler is not None:
             return self._given_sampler
+        if (reason := self._why_not_sample()) is not None:
+            raise SamplerError(reason)
         if session.sampler is None:
             session.sampler = TransformersSampler(
-                session.module.policy,
+                self.verbs.lent_policy,
                 version=self.global_step,
                 context=self.strategy.precision_plugin.forward_context,
+                lock=session.lock,
+                refuses=self._why_not_sample,
             )
         if self._busy_thread is None:  # else the call that is under way lends them at its end
             self.verbs.lend_weights()
         return session.sampler
+
+    def _why_not_sample(self) -> str | None:
+        """Whether this is code of a call under way, a callback's: its weights change, and may lie in pieces."""
+        if calling.get() is not self:
+            return None
+        return (
+            "the embedded sampler waits for the call of fit_rl that this callback is a part of: sample between calls, "
+            f"or give {type(self).__name__}(sampler=...) one with weights of its own"
+        )
 
     def validate(
         self,
