@@ -170,7 +170,7 @@ class PolicyVerbs(Sticky):
             weights_only=weights_only,
         )
         state = None if weights_only else self._state()
-        weights = self._whole_weights()
+        weights = self.whole_weights()
         ranks.first(
             lambda: checkpoints.write(folder, manifest, lambda to: save_weights(module.policy, to, weights), state)
         )
@@ -213,12 +213,12 @@ class PolicyVerbs(Sticky):
             )
         state = None if manifest.weights_only else checkpoints.read_state(folder)
         self.take_weights_back()
-        load_weights(module.policy, folder)
+        self.load_weights(folder)
         self.clear_gradients()
         if state is None:
             schedules: list[Any] = [config.scheduler for config in self.lr_scheduler_configs]
             rates = [scheduler.base_lrs[0] for scheduler in schedules]
-            self.setup_optimizers(module.trainer)
+            self.forget_moments()
             for config in self.lr_scheduler_configs:
                 fast_forward(config.scheduler, manifest.step)
             for rate in rates:  # the one in force is no part of the optimizer's state
@@ -274,7 +274,9 @@ class PolicyVerbs(Sticky):
         module = self.policy_module
         batch = self.batch_to_device(batch)
         with self.precision_plugin.forward_context():
-            logprobs = module.score(batch) if reference is None else module.reference_score(batch, reference)
+            logprobs = self.inside(
+                lambda: module.score(batch) if reference is None else module.reference_score(batch, reference)
+            )
         return logprobs.cpu()
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -282,7 +284,13 @@ class PolicyVerbs(Sticky):
         self.take_weights_back()
         yield from self.policy_module.named_weights()
 
-    def _whole_weights(self) -> dict[str, Tensor] | None:
+    # -- where weights and moments lie: what a strategy that keeps them elsewhere overrides ----------------------
+
+    def inside(self, call: Callable[[], Tensor]) -> Tensor:
+        """Run a call, without a gradient, where it may read all weights."""
+        return call()
+
+    def whole_weights(self) -> dict[str, Tensor] | None:
         """The trained weights put together on rank 0; None where they never were in pieces."""
         self.take_weights_back()
         held = trained_state(self.policy_module.policy)
@@ -295,13 +303,29 @@ class PolicyVerbs(Sticky):
                 weights[name] = together.cpu()
         return weights
 
+    def load_weights(self, folder: Path) -> None:
+        """Read a checkpoint's weights into the policy."""
+        load_weights(self.policy_module.policy, folder)
+
+    def whole_moments(self) -> dict[str, Any]:
+        """The optimizer's state in whole tensors, as torch's optimizer of one process would have it."""
+        return _whole_state(_compat.raw_optimizer(self))
+
+    def load_moments(self, state: dict[str, Any]) -> None:
+        """Take an optimizer's state from whole tensors."""
+        _load_state(_compat.raw_optimizer(self), state)
+
+    def forget_moments(self) -> None:
+        """Start a fresh optimizer."""
+        self.setup_optimizers(self.policy_module.trainer)
+
     # -- resumable state ----------------------------------------------------------------------------------------
 
     def _state(self) -> dict[str, Any]:
         """Everything beside the weights that the next step depends on; primitives and tensors only."""
         module = self.policy_module
         return {
-            "optimizer": _whole_state(_compat.raw_optimizer(self)),
+            "optimizer": self.whole_moments(),
             "schedulers": [config.scheduler.state_dict() for config in self.lr_scheduler_configs],
             "precision": self.precision_plugin.state_dict(),
             "rng": [json.loads(text) for text in ranks.collect(json.dumps(random_state.capture(self.root_device)))],
@@ -309,7 +333,7 @@ class PolicyVerbs(Sticky):
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
-        _load_state(_compat.raw_optimizer(self), state["optimizer"])
+        self.load_moments(state["optimizer"])
         for config, saved in zip(self.lr_scheduler_configs, state["schedulers"], strict=True):
             config.scheduler.load_state_dict(saved)
         self.precision_plugin.load_state_dict(state["precision"])
