@@ -98,6 +98,9 @@ class ZeroStrategy(DeepSpeedStrategy):
         import deepspeed
 
         super(DeepSpeedStrategy, self).setup_distributed()
+        if self.root_device.type == "cpu":
+            # gloo does what this would, without a compiler on the machine
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         os.environ.setdefault("LOCAL_RANK", str(self.local_rank))  # DeepSpeed asks, and srun does not say
         deepspeed.init_distributed(torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
 
