@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from fitrl import PolicyModule
 from fitrl.data import ranks
 from fitrl.errors import UnsupportedError
 from fitrl.policy.loading import read_weights, trained_state
@@ -72,7 +73,8 @@ class DeepSpeedRLStrategy(PolicyVerbs, ZeroStrategy):
     @property
     def skips_overflow(self) -> bool:
         """Whether a step whose gradient overflowed in 16 bits is left out, and the loss scaled by less after it."""
-        return self.policy_module.trainer.precision == "16-mixed"
+        module = self.lightning_module
+        return module is not None and module.trainer.precision == "16-mixed"
 
     # -- what PolicyModule asks for -----------------------------------------------------------------------------
 
@@ -138,30 +140,26 @@ class DeepSpeedRLStrategy(PolicyVerbs, ZeroStrategy):
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        module, engine = self.lightning_module, self.engine
-        assert module is not None
-        engine.optimizer.clip_grad = float(module.trainer.gradient_clip_val or 0.0)
+        module: Any = self.lightning_module
+        zero = self.engine.optimizer
+        zero.clip_grad = float(module.trainer.gradient_clip_val or 0.0)
         used = float(optimizer.param_groups[0]["lr"])
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
-        norm = torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float32, device=self.root_device)
-        # what DeepSpeed says of a norm that is not finite is -1
-        self.policy_module.note_step(torch.where(norm < 0, torch.inf, norm), used)
+        norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.root_device)
+        module.note_step(torch.where(norm < 0, torch.inf, norm), used)  # -1 is DeepSpeed's for one that is not finite
         if self.skips_overflow:
-            self._count_overflow(engine)
+            skipped = not self.engine.was_step_applied()
+            self._tell_of_overflow(module, skipped, float(zero.loss_scale))
         return output
 
-    def _count_overflow(self, engine: Any) -> None:
-        metrics, scale = self.policy_module.host_metrics, float(engine.optimizer.loss_scale)
-        skipped = not engine.was_step_applied()
-        key = "precision/skipped_steps"
-        self.policy_module.host_metrics = metrics | {
-            key: metrics.get(key, 0.0) + float(skipped),
-            "precision/loss_scale": scale,
-        }
+    def _tell_of_overflow(self, module: PolicyModule, skipped: bool, scale: float) -> None:
+        """Count the steps of a call that were left out, and say so."""
+        count = module.host_metrics.get("precision/skipped_steps", 0.0) + float(skipped)
+        module.host_metrics |= {"precision/skipped_steps": count, "precision/loss_scale": scale}
         if skipped:
             rank_zero_warn(
-                f"step {self.policy_module.trainer.global_step + 1} was skipped: its gradient overflowed in float16; "
-                f"the loss is now scaled by {scale:g}"
+                f"step {module.trainer.global_step + 1} was skipped: its gradient overflowed in float16; the loss is "
+                f"now scaled by {scale:g}"
             )
 
     @override

@@ -90,6 +90,10 @@ class ZeroStrategy(DeepSpeedStrategy):
         return False
 
     @override
+    def block_backward_sync(self) -> AbstractContextManager[None]:
+        return nullcontext()  # nothing is reduced before the step, or all of it in pieces
+
+    @override
     def setup_environment(self) -> None:
         super(DeepSpeedStrategy, self).setup_environment()
 
