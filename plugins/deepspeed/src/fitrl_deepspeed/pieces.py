@@ -29,14 +29,15 @@ from torch import Tensor, nn
 from fitrl.data import ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_SCALING = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of the loss, under float16
 
 
-def is_cut(parameter: Tensor) -> bool:
+def is_cut(parameter: Any) -> bool:
     """Whether it is a parameter of which each rank has a slice."""
     return hasattr(parameter, "ds_tensor")
 
 
-def shape(parameter: Tensor) -> torch.Size:
+def shape(parameter: Any) -> torch.Size:
     """Shape of the whole tensor."""
     whole: torch.Size = parameter.ds_shape if is_cut(parameter) else parameter.shape
     return whole
@@ -77,6 +78,7 @@ def put(engine: Any, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         engine: DeepSpeed's; one without an optimizer has no originals.
         pairs: parameter and its whole new value, the same on every rank.
     """
+    parameter: Any
     for parameter, value in pairs:
         value = value.to(engine.device)
         if is_cut(parameter):
@@ -92,7 +94,7 @@ def put(engine: Any, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
 
 
 def get_moments(engine: Any, parameters: Sequence[Tensor]) -> dict[str, Any]:
-    """The state of AdamW, as torch's optimizer of one process would have it; whole on rank 0 only."""
+    """The state of AdamW as torch has it in one process, and of the scaling of the loss; whole on rank 0."""
     adamw = engine.optimizer.optimizer
     group = {name: value for name, value in adamw.param_groups[0].items() if name != "params"}
     state: dict[int, dict[str, Tensor]] = {}
@@ -102,7 +104,12 @@ def get_moments(engine: Any, parameters: Sequence[Tensor]) -> dict[str, Any]:
             whole = {name: safe_get_full_optimizer_state(parameter, name) for name in MOMENTS}
             if ranks.rank() == 0:
                 state[number] = {"step": step.clone(), **{name: value.cpu() for name, value in whole.items()}}
-    return {"state": state, "param_groups": [group | {"params": list(range(len(parameters)))}]}
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    return {
+        "state": state,
+        "param_groups": [group | {"params": list(range(len(parameters)))}],
+        "loss_scaling": {name: getattr(scaler, name) for name in _SCALING if hasattr(scaler, name)},
+    }
 
 
 @torch.no_grad()
@@ -113,6 +120,9 @@ def put_moments(engine: Any, parameters: Sequence[Tensor], saved: dict[str, Any]
         for group in adamw.param_groups:
             if name in saved["param_groups"][0]:
                 group[name] = saved["param_groups"][0][name]
+    for name, value in saved.get("loss_scaling", {}).items():
+        if hasattr(zero.loss_scaler, name):
+            setattr(zero.loss_scaler, name, value)
     state = saved["state"]
     if not state:
         forget_moments(engine)
@@ -165,7 +175,8 @@ def lend(engine: Any, network: nn.Module) -> Callable[[], None]:
     Returns:
         What cuts them again.
     """
-    offload, lent = _offload(engine), [parameter for parameter in network.parameters() if is_cut(parameter)]
+    offload = _offload(engine)
+    lent: list[Any] = [parameter for parameter in network.parameters() if is_cut(parameter)]
     for hooks in (offload.forward_hooks, offload.backward_hooks):
         while hooks:
             hooks.pop().remove()
@@ -189,7 +200,7 @@ def _offload(engine: Any) -> Any:
     return getattr(engine.optimizer, "parameter_offload", engine.optimizer)
 
 
-def _slice(parameter: Tensor, whole: Tensor) -> Tensor:
+def _slice(parameter: Any, whole: Tensor) -> Tensor:
     """This rank's slice of a whole tensor, padded where the ranks do not divide it."""
     size = parameter.ds_tensor.numel()
     own = whole.new_zeros(size)

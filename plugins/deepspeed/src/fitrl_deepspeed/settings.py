@@ -38,13 +38,19 @@ _ELSEWHERE = {
     "zero_optimization.cpu_offload_param": "pass offload_params=True",
     "checkpoint": "checkpoints are fitrl's, in whole tensors",
 }
-_TOP = ("communication_data_type", "gradient_predivide_factor", "memory_breakdown", "prescale_gradients")
-_TOP += ("wall_clock_breakdown", "zero_optimization", "fp16")
-_ZERO = ("allgather_bucket_size", "allgather_partitions", "contiguous_gradients", "overlap_comm")
-_ZERO += ("reduce_bucket_size", "reduce_scatter", "use_multi_rank_bucket_allreduce")
-_ZERO_3 = ("log_trace_cache_warnings", "stage3_max_live_parameters", "stage3_max_reuse_distance")
-_ZERO_3 += ("stage3_model_persistence_threshold", "stage3_param_persistence_threshold")
-_ZERO_3 += ("stage3_prefetch_bucket_size", "sub_group_size")
+_TOP = (
+    *("communication_data_type", "fp16", "gradient_predivide_factor", "memory_breakdown", "prescale_gradients"),
+    *("wall_clock_breakdown", "zero_optimization"),
+)
+_ZERO = (
+    *("allgather_bucket_size", "allgather_partitions", "contiguous_gradients", "overlap_comm", "reduce_bucket_size"),
+    *("reduce_scatter", "use_multi_rank_bucket_allreduce"),
+)
+_ZERO_3 = (
+    *("log_trace_cache_warnings", "stage3_max_live_parameters", "stage3_max_reuse_distance"),
+    *("stage3_model_persistence_threshold", "stage3_param_persistence_threshold", "stage3_prefetch_bucket_size"),
+    "sub_group_size",
+)
 _FP16 = ("hysteresis", "initial_scale_power", "loss_scale", "loss_scale_window", "min_loss_scale")
 
 

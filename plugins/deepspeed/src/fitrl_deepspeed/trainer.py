@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from fitrl import AdamWSettings, LocalTrainer, Sampler
-from fitrl.errors import InvalidArgumentError, UnsupportedError
 from fitrl_deepspeed.settings import ZeroStage, check_precision, loss_scaling
 from fitrl_deepspeed.strategy import DeepSpeedRLStrategy
 

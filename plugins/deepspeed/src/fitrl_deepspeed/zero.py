@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +89,10 @@ class ZeroStrategy(DeepSpeedStrategy):
         """Lightning counts the microbatches; the step ends what was accumulated."""
         return False
 
+    @contextmanager
     @override
-    def block_backward_sync(self) -> AbstractContextManager[None]:
-        return nullcontext()  # nothing is reduced before the step, or all of it in pieces
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        yield  # nothing is reduced before the step, or all of it in pieces
 
     @override
     def setup_environment(self) -> None:
@@ -108,9 +109,10 @@ class ZeroStrategy(DeepSpeedStrategy):
         os.environ.setdefault("LOCAL_RANK", str(self.local_rank))  # DeepSpeed asks, and srun does not say
         deepspeed.init_distributed(torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
 
+    @contextmanager
     @override
-    def model_sharded_context(self) -> AbstractContextManager[None]:
-        return nullcontext()  # transformers cannot read weights into slices; they are cut when they are there
+    def model_sharded_context(self) -> Generator[None, None, None]:
+        yield  # transformers cannot read weights into slices: they are cut when they are there
 
     @override
     def setup(self, trainer: lightning.Trainer) -> None:
