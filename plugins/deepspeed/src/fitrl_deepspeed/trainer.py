@@ -6,8 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from fitrl import AdamWSettings, LocalTrainer, Sampler
+from fitrl.errors import InvalidArgumentError, UnsupportedError
 from fitrl_deepspeed.settings import ZeroStage, check_precision, loss_scaling
 from fitrl_deepspeed.strategy import DeepSpeedRLStrategy
+
+# Lightning's other names of what DeepSpeed has
+PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "64": "64-true"}
 
 
 class DeepSpeedTrainer(LocalTrainer):
@@ -53,6 +57,19 @@ class DeepSpeedTrainer(LocalTrainer):
         sampler: Sampler | None = None,
         **lightning_options: Any,
     ) -> None:
+        if optimizer.moments != "float32":
+            raise UnsupportedError(
+                f"AdamWSettings(moments={optimizer.moments!r}) cannot be cut into pieces: take 'float32'"
+            )
+        if compile and zero_stage == 3:
+            raise UnsupportedError(
+                "compile=True with zero_stage=3: each layer's weights come and go inside of what is compiled; take "
+                "zero_stage=2, or LocalTrainer(strategy='fitrl_fsdp2')"
+            )
+        if lightning_options.get("gradient_clip_algorithm") == "value":
+            raise InvalidArgumentError("gradient_clip_algorithm='value': DeepSpeed clips by the norm only")
+        if (precision := lightning_options.get("precision")) is not None:
+            check_precision(PRECISIONS.get(str(precision), str(precision)))
         strategy = DeepSpeedRLStrategy(
             zero_stage=zero_stage,
             offload_optimizer=offload_optimizer,
@@ -68,5 +85,4 @@ class DeepSpeedTrainer(LocalTrainer):
             sampler=sampler,
             **lightning_options,
         )
-        check_precision(str(self.precision))
         loss_scaling(strategy.settings, str(self.precision))
