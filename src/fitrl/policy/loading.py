@@ -130,6 +130,28 @@ def load_policy(
 
 def load_weights(policy: Policy, folder: Path) -> None:
     """Read a checkpoint folder's weights into a live policy, exactly."""
+    held = trained_state(policy)
+    state = read_weights(policy, folder, {name: tensor.shape for name, tensor in held.items()})
+    if policy.is_adapter:
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(policy.network, {name: like(state[name], held[name]) for name in state})
+    else:
+        policy.network.load_state_dict({name: like(state[name], held[name]) for name in state}, strict=False)
+
+
+def read_weights(policy: Policy, folder: Path, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """Read a checkpoint folder's weights, whole, for a live policy; one of two tied names may be missing.
+
+    Args:
+        policy: that they are for.
+        folder: where they lie.
+        shapes: of the whole tensors that `trained_state` names.
+
+    Raises:
+        CheckpointError: they cannot be read.
+        InvalidArgumentError: they are those of another model.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -139,32 +161,32 @@ def load_weights(policy: Policy, folder: Path) -> None:
             state |= load_file(file)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"the weights in {folder} cannot be read: {error}") from error
-    held = trained_state(policy)
     tied = set() if policy.is_adapter else set(getattr(policy.network, "all_tied_weights_keys", {}) or {})
-    missing = sorted(held.keys() - state.keys() - tied)
-    unexpected = sorted(state.keys() - held.keys())
-    reshaped = [name for name in held.keys() & state.keys() if held[name].shape != state[name].shape]
+    missing = sorted(shapes.keys() - state.keys() - tied)
+    unexpected = sorted(state.keys() - shapes.keys())
+    reshaped = [name for name in shapes.keys() & state.keys() if shapes[name] != state[name].shape]
     if missing or unexpected or reshaped:  # before anything is changed
         raise InvalidArgumentError(
             f"{folder} holds other weights than the open model: missing {missing[:3]}, unexpected {unexpected[:3]}, "
             f"of another shape {sorted(reshaped)[:3]}"
         )
-    if policy.is_adapter:
-        from peft import set_peft_model_state_dict
-
-        set_peft_model_state_dict(policy.network, {name: like(state[name], held[name]) for name in state})
-    else:
-        policy.network.load_state_dict({name: like(state[name], held[name]) for name in state}, strict=False)
+    return state
 
 
-def trained_state(policy: Policy) -> Mapping[str, Tensor]:
-    """The trained weights under the names of a saved checkpoint: all of them, or the adapters'."""
+def trained_state(policy: Policy, *, keep_parameters: bool = False) -> Mapping[str, Tensor]:
+    """The trained weights under the names of a saved checkpoint: all of them, or the adapters'.
+
+    Args:
+        policy: whose.
+        keep_parameters: give the parameters themselves, not tensors that share their memory.
+    """
+    held: Mapping[str, Tensor] = policy.network.state_dict(keep_vars=keep_parameters)
     if not policy.is_adapter:
-        return policy.network.state_dict()
+        return held
     from peft import get_peft_model_state_dict
 
     # "auto" would ask the model hub whether the vocabulary was resized
-    state: Mapping[str, Tensor] = get_peft_model_state_dict(policy.network, save_embedding_layers=False)
+    state: Mapping[str, Tensor] = get_peft_model_state_dict(policy.network, held, save_embedding_layers=False)
     return state
 
 

@@ -134,6 +134,10 @@ class PolicyModule(lightning.LightningModule):
 
     # -- loss and logprobs --------------------------------------------------------------------------------------
 
+    def forward(self, call: Callable[[], Any]) -> Any:
+        """Run a call inside of whatever a strategy has wrapped around this module, so that it may read all weights."""
+        return call()
+
     def compute_loss(self, batch: Batch, objective: Objective | CustomObjective | None = None) -> PolicyLoss:
         """Loss of one microbatch under the objective in force, or another one."""
         objective = self.objective if objective is None else objective
@@ -357,17 +361,29 @@ class PolicyModule(lightning.LightningModule):
         self._observed = [seen for seen in self._observed if not told.keys() & seen.keys()]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Measure the gradient before it is clipped."""
-        self.last_grad_norm = gradient_norm(_gradients(optimizer))
-        share = 1.0 / self.num_data_ranks  # every rank takes the step, and what they tell is summed
+        """Measure the gradient before it is clipped, unless the strategy does."""
         used = float(optimizer.param_groups[0]["lr"])
         if not (math.isfinite(used) and used >= 0):
             raise InvalidArgumentError(
                 f"the learning rate after {self.trainer.global_step} steps is {used}: lr_schedule must return a finite "
                 "number of at least 0"
             )
+        if not getattr(self.trainer.strategy, "notes_steps", False):
+            self.note_step(gradient_norm(_gradients(optimizer)), used)
+        self.is_updating = True
+
+    def note_step(self, grad_norm: Tensor, used: float) -> None:
+        """Note what one optimizer step is taken with, for the metrics of the call.
+
+        A strategy whose gradients are not in `.grad` sets `notes_steps` and calls this itself, once for each step.
+
+        Args:
+            grad_norm: of the whole gradient, before it is clipped; the same on every rank.
+            used: the learning rate.
+        """
+        self.last_grad_norm = norm = grad_norm.detach()
+        share = 1.0 / self.num_data_ranks  # every rank takes the step, and what they tell is summed
         rate = torch.tensor(used * share, dtype=torch.float64)
-        norm = self.last_grad_norm.detach()
         broken_at = torch.where(norm.isfinite(), torch.inf, self.trainer.global_step + 1.0)
         self._broken_at = broken_at if self._broken_at is None else torch.minimum(self._broken_at, broken_at)
         self.totals.steps.update(
@@ -378,7 +394,6 @@ class PolicyModule(lightning.LightningModule):
             }
         )
         self.totals.mark()
-        self.is_updating = True
 
     def configure_gradient_clipping(
         self,
@@ -438,7 +453,8 @@ class PolicyModule(lightning.LightningModule):
 
     def _refuse_non_finite_gradients(self) -> None:
         """Look once at what all steps noted, when the device is waited for anyway."""
-        if self._broken_at is None or getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+        scales = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        if self._broken_at is None or scales or getattr(self.trainer.strategy, "skips_overflow", False):
             return  # a gradient scaler skips such steps by itself
         if math.isfinite(step := float(self._broken_at)):
             raise NonFiniteGradientError(

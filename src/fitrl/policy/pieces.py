@@ -11,7 +11,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -49,6 +51,20 @@ def names(folder: Path) -> list[str]:
         return list(HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{folder} holds no pieces that can be read: {error!r}") from error
+
+
+def read_whole(folder: Path) -> dict[str, Tensor]:
+    """Everything in a folder, put together on this rank.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    tensors = {}
+    for name in names(folder):
+        stored: Any = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata[name]
+        tensors[name] = torch.empty(stored.size, dtype=stored.properties.dtype)
+    read(folder, tensors)
+    return tensors
 
 
 def read(folder: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -68,7 +68,9 @@ class Policy:
     def vocabulary_size(self) -> int:
         """Number of token ids that the policy can read."""
         embeddings: Any = self.causal_lm.get_input_embeddings()
-        return int(embeddings.weight.shape[0])
+        embeddings = getattr(embeddings, "base_layer", embeddings)  # below adapters
+        # the weight may be in pieces and say nothing
+        return int(embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else embeddings.weight.shape[0])
 
     @property
     def num_layers(self) -> int:

@@ -7,7 +7,7 @@ They are Lightning's own hooks, driven by hand: `forward_backward` is `training_
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -187,9 +187,10 @@ class PolicyVerbs(Sticky):
             adapter=module.policy.is_adapter,
             weights_only=weights_only,
         )
-        state = None if weights_only else self._state()
-        begun, sums = (None, {}) if weights_only else self._write_moments(folder)
-        weights = self._whole_weights()
+        moments = None if weights_only else self.moments()
+        state = None if moments is None else self._state(_without_pieces(moments))
+        begun, sums = (None, {}) if moments is None else self._write_pieces(folder, _pieces(moments))
+        weights = self.whole_weights()
         ranks.first(
             lambda: checkpoints.write(
                 folder,
@@ -239,12 +240,12 @@ class PolicyVerbs(Sticky):
             )
         state = None if manifest.weights_only else checkpoints.read_state(folder)
         self.take_weights_back()
-        load_weights(module.policy, folder)
+        self.load_weights(folder)
         self.clear_gradients()
         if state is None:
             schedules: list[Any] = [config.scheduler for config in self.lr_scheduler_configs]
             rates = [scheduler.base_lrs[0] for scheduler in schedules]
-            self.setup_optimizers(module.trainer)
+            self.forget_moments()
             for config in self.lr_scheduler_configs:
                 fast_forward(config.scheduler, manifest.step)
             for rate in rates:  # the one in force is no part of the optimizer's state
@@ -300,7 +301,9 @@ class PolicyVerbs(Sticky):
         module = self.policy_module
         batch = self.batch_to_device(batch)
         with self.precision_plugin.forward_context():
-            logprobs = module.score(batch) if reference is None else module.reference_score(batch, reference)
+            logprobs = self.inside(
+                lambda: module.score(batch) if reference is None else module.reference_score(batch, reference)
+            )
         return logprobs.cpu()
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -308,7 +311,13 @@ class PolicyVerbs(Sticky):
         self.take_weights_back()
         yield from self.policy_module.named_weights()
 
-    def _whole_weights(self) -> dict[str, Tensor] | None:
+    # -- where weights and moments lie: what a strategy that keeps them elsewhere overrides ----------------------
+
+    def inside(self, call: Callable[[], Tensor]) -> Tensor:
+        """Run a call, without a gradient, where it may read all weights."""
+        return call()
+
+    def whole_weights(self) -> dict[str, Tensor] | None:
         """The trained weights put together on rank 0; None where they never were in pieces."""
         self.take_weights_back()
         held = trained_state(self.policy_module.policy)
@@ -321,26 +330,61 @@ class PolicyVerbs(Sticky):
                 weights[name] = together.cpu()
         return weights
 
+    def load_weights(self, folder: Path) -> None:
+        """Read a checkpoint's weights into the policy."""
+        load_weights(self.policy_module.policy, folder)
+
+    def moments(self) -> dict[str, Any]:
+        """The optimizer's state as torch's optimizer of one process would have it; pieces are `DTensor`s."""
+        state: dict[str, Any] = _compat.raw_optimizer(self).state_dict()
+        return state
+
+    def load_moments(self, state: dict[str, Any], pieces_in: Path | None) -> None:
+        """Take an optimizer's state from whole tensors, and from a folder of pieces if there is one; no collective.
+
+        Raises:
+            CheckpointError: the folder holds moments of other parameters.
+        """
+        optimizer = _compat.raw_optimizer(self)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        cut = {
+            number: {
+                name: like(value, parameters[number]) if isinstance(value, Tensor) else value
+                for name, value in moments.items()
+            }
+            for number, moments in state["state"].items()
+        }
+        if pieces_in is not None:
+            found: dict[str, Tensor] = {}
+            for name in pieces.names(pieces_in):
+                number, key = moment_of(name, cut)
+                found[name] = cut[number][key] = torch.zeros_like(parameters[number].detach())
+            pieces.read(pieces_in, found)
+        optimizer.load_state_dict(state | {"state": cut})
+
+    def forget_moments(self) -> None:
+        """Start a fresh optimizer."""
+        self.setup_optimizers(self.policy_module.trainer)
+
     # -- resumable state ----------------------------------------------------------------------------------------
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self, moments: dict[str, Any]) -> dict[str, Any]:
         """Everything beside the weights that the next step depends on; primitives and tensors only."""
         module = self.policy_module
         return {
-            "optimizer": _without_pieces(_compat.raw_optimizer(self).state_dict()),
+            "optimizer": moments,
             "schedulers": [config.scheduler.state_dict() for config in self.lr_scheduler_configs],
             "precision": self.precision_plugin.state_dict(),
             "rng": [json.loads(text) for text in ranks.collect(json.dumps(random_state.capture(self.root_device)))],
             "reward_history": list(module.reward_history),
         }
 
-    def _write_moments(self, folder: Path) -> tuple[Path | None, dict[str, tuple[int, str]]]:
+    def _write_pieces(self, folder: Path, moments: dict[str, Tensor]) -> tuple[Path | None, dict[str, tuple[int, str]]]:
         """Begin a checkpoint with the moments that lie in pieces, each rank its own; None where none do.
 
         Returns:
             where the rest is to be written, and the checksums of what was.
         """
-        moments = _pieces(_compat.raw_optimizer(self).state_dict())
         if not moments:
             return None, {}
         begun = Path(ranks.first(lambda: str(checkpoints.begin(folder))))
@@ -355,7 +399,7 @@ class PolicyVerbs(Sticky):
         return begun, {name: (size, checksum) for one in said for name, (size, checksum) in json.loads(one).items()}
 
     def _restore(self, state: dict[str, Any], moments: Path | None) -> None:
-        _load_state(_compat.raw_optimizer(self), state["optimizer"], moments)
+        self.load_moments(state["optimizer"], moments)
         for config, saved in zip(self.lr_scheduler_configs, state["schedulers"], strict=True):
             config.scheduler.load_state_dict(saved)
         self.precision_plugin.load_state_dict(state["precision"])
@@ -383,26 +427,13 @@ def _without_pieces(state: dict[str, Any]) -> dict[str, Any]:
     return state | {"state": kept}
 
 
-def _load_state(optimizer: Optimizer, state: dict[str, Any], pieces_in: Path | None) -> None:
-    """Load an optimizer's state from whole tensors, and from a folder of pieces if there is one; no collective.
+def moment_of(name: str, state: Mapping[int, Any]) -> tuple[int, str]:
+    """The parameter's number and the moment's own name that a tensor in pieces was saved by.
 
     Raises:
-        CheckpointError: the folder holds moments of other parameters.
+        CheckpointError: it is of no parameter of the optimizer's state.
     """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    cut = {
-        number: {
-            name: like(value, parameters[number]) if isinstance(value, Tensor) else value
-            for name, value in moments.items()
-        }
-        for number, moments in state["state"].items()
-    }
-    if pieces_in is not None:
-        found: dict[str, Tensor] = {}
-        for name in pieces.names(pieces_in):
-            number, _, key = name.partition(".")
-            if not number.isdecimal() or int(number) not in cut:
-                raise CheckpointError(f"{pieces_in} holds {name!r}, which is of no parameter that is trained")
-            found[name] = cut[int(number)][key] = torch.zeros_like(parameters[int(number)].detach())
-        pieces.read(pieces_in, found)
-    optimizer.load_state_dict(state | {"state": cut})
+    number, _, key = name.partition(".")
+    if not number.isdecimal() or int(number) not in state:
+        raise CheckpointError(f"the checkpoint holds the moment {name!r}, which is of no parameter that is trained")
+    return int(number), key
