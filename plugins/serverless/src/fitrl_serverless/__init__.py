@@ -1,0 +1,1 @@
+"""fitrl on another machine: the client of a training service, and a server of the same API."""
