@@ -3,7 +3,13 @@
 from fitrl_serverless.wire.artifacts import Artifact
 from fitrl_serverless.wire.base import ErrorBody, WireModel
 from fitrl_serverless.wire.chat import ChatCompletion, ChatRequest, Usage
-from fitrl_serverless.wire.conversion import explain, groups_from_wire, groups_to_wire
+from fitrl_serverless.wire.conversion import (
+    choice_from_wire,
+    choice_to_wire,
+    explain,
+    groups_from_wire,
+    groups_to_wire,
+)
 from fitrl_serverless.wire.groups import (
     Choice,
     ChoiceLogprobs,
@@ -72,6 +78,8 @@ __all__ = [
     "Trajectory",
     "Usage",
     "WireModel",
+    "choice_from_wire",
+    "choice_to_wire",
     "explain",
     "groups_from_wire",
     "groups_to_wire",

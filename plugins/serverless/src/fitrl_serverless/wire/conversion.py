@@ -35,6 +35,45 @@ def groups_from_wire(groups: Sequence[wire.Group]) -> list[fitrl.TrajectoryGroup
     return [_group_from_wire(index, group) for index, group in enumerate(groups)]
 
 
+def choice_to_wire(completion: fitrl.Completion, index: int = 0) -> wire.Choice:
+    """Put what the policy said into the wire's form.
+
+    Raises:
+        DataError: tokens without logprobs that the wire has no place for, or another number of logprobs than tokens.
+    """
+    return wire.Choice.model_validate(_item_to_wire({"completion": completion.to_dict()}) | {"index": index})
+
+
+def choice_from_wire(choice: wire.Choice, *, version: int = 0) -> fitrl.Completion:
+    """Read something that the policy said.
+
+    Args:
+        choice: of a trajectory or of a chat's answer.
+        version: policy version of a choice that does not tell its own.
+    """
+    ids = choice.token_ids
+    raw: list[bytes] | None = None
+    logprobs: list[float] | None = None
+    if choice.logprobs is not None and choice.logprobs.content is not None:
+        entries = choice.logprobs.content
+        logprobs = [entry.logprob for entry in entries]
+        if all(_is_token_id(entry.token) for entry in entries):
+            ids = [int(entry.token.removeprefix(_TOKEN_ID)) for entry in entries]
+        else:
+            raw = [bytes(entry.bytes) if entry.bytes is not None else entry.token.encode() for entry in entries]
+    return fitrl.Completion(
+        message=choice.message,
+        token_ids=None if ids is None else tuple(ids),
+        token_bytes=None if raw is None else tuple(raw),
+        logprobs=None if logprobs is None else tuple(logprobs),
+        temperature=choice.temperature,
+        prompt_ids=None if choice.prompt_token_ids is None else tuple(choice.prompt_token_ids),
+        finish_reason=choice.finish_reason,
+        version=choice.policy_version if choice.policy_version is not None else version,
+        full_support=choice.full_support,
+    )
+
+
 def explain(error: ValidationError, most: int = 3) -> str:
     """What pydantic complains of, as one line that repeats no value: values may be prompts."""
     details = error.errors(include_url=False, include_input=False, include_context=False)
@@ -120,7 +159,10 @@ def _trajectory_from_wire(name: str, trajectory: wire.Trajectory) -> fitrl.Traje
     version = first if first is not None else 0
 
     def read(items: Sequence[wire.Choice | wire.Message]) -> list[Any]:
-        return [_completion(item, version) if isinstance(item, wire.Choice) else wire.plain(item) for item in items]
+        return [
+            choice_from_wire(item, version=version) if isinstance(item, wire.Choice) else wire.plain(item)
+            for item in items
+        ]
 
     return fitrl.Trajectory(
         messages_and_choices=read(trajectory.messages_and_choices),
@@ -139,30 +181,6 @@ def _trajectory_from_wire(name: str, trajectory: wire.Trajectory) -> fitrl.Traje
 def _history(history: wire.History, read: Callable[[Sequence[wire.Choice | wire.Message]], list[Any]]) -> fitrl.History:
     return fitrl.History(
         messages_and_choices=read(history.messages_and_choices), tools=history.tools, temperature=history.temperature
-    )
-
-
-def _completion(choice: wire.Choice, version: int) -> fitrl.Completion:
-    ids = choice.token_ids
-    raw: list[bytes] | None = None
-    logprobs: list[float] | None = None
-    if choice.logprobs is not None and choice.logprobs.content is not None:
-        entries = choice.logprobs.content
-        logprobs = [entry.logprob for entry in entries]
-        if all(_is_token_id(entry.token) for entry in entries):
-            ids = [int(entry.token.removeprefix(_TOKEN_ID)) for entry in entries]
-        else:
-            raw = [bytes(entry.bytes) if entry.bytes is not None else entry.token.encode() for entry in entries]
-    return fitrl.Completion(
-        message=choice.message,
-        token_ids=None if ids is None else tuple(ids),
-        token_bytes=None if raw is None else tuple(raw),
-        logprobs=None if logprobs is None else tuple(logprobs),
-        temperature=choice.temperature,
-        prompt_ids=None if choice.prompt_token_ids is None else tuple(choice.prompt_token_ids),
-        finish_reason=choice.finish_reason,
-        version=choice.policy_version if choice.policy_version is not None else version,
-        full_support=choice.full_support,
     )
 
 

@@ -25,7 +25,7 @@ class Message(WireModel):
 
 
 class TokenLogprob(WireModel):
-    """One sampled token: `token` is `token_id:N`, or its text with `bytes`; `logprob` is of the distribution sampled."""
+    """A sampled token: `token_id:N`, or its text with `bytes`; the logprob is of the distribution sampled from."""
 
     token: str
     logprob: Number

@@ -1,0 +1,46 @@
+"""HTTP connections that have to say what they want: one that sends its request's head too slowly is closed."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+
+def bounded(header_s: float) -> type[asyncio.Protocol]:
+    """Uvicorn's protocol with a time limit on the head of a request, which uvicorn lacks.
+
+    Args:
+        header_s: seconds from the first byte, or from the connection's start, to the end of the head.
+    """
+
+    class Bounded(H11Protocol):
+        _head_timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._start()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
+                self._start()
+            elif self.conn.their_state is not h11.IDLE:
+                self._stop()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop()
+            super().connection_lost(exc)
+
+        def _start(self) -> None:
+            if self._head_timer is None:
+                self._head_timer = self.loop.call_later(header_s, self.transport.close)
+
+        def _stop(self) -> None:
+            if self._head_timer is not None:
+                self._head_timer.cancel()
+                self._head_timer = None
+
+    return Bounded
