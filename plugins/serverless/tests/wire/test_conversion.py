@@ -7,13 +7,13 @@ import math
 
 import pytest
 import torch
-from fitrl_serverless import wire
 from hypothesis import given
 from hypothesis import strategies as st
 
 import fitrl
 from fitrl.errors import DataError
 from fitrl.testing.samples import random_history
+from fitrl_serverless import wire
 from helpers import completion, group, trajectory, user
 
 
