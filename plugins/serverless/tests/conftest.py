@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from conftest import nothing_left_behind, one_thread  # of the core's tests, whose folder is on the path
+
 sys.path.insert(0, str(Path(__file__).parent / "server"))  # for asking, which the server tests share
 
 from fitrl_serverless.server.database import Database

@@ -6,16 +6,21 @@ import argparse
 import dataclasses
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 from fitrl.errors import InvalidArgumentError, MissingDependencyError
 from fitrl_serverless.server.database import Database
 from fitrl_serverless.server.keys import add_key, list_keys, revoke_key
 from fitrl_serverless.server.settings import Limits, Settings
+
+if TYPE_CHECKING:
+    import uvicorn
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _DEFAULT_OWNER = "me"
@@ -183,7 +188,9 @@ def _serve(options: argparse.Namespace) -> int:
         port = sockets[0].getsockname()[1]
         host = f"[{options.host}]" if ":" in options.host else options.host
         print(f"fitrl: serving on {'https' if has_tls else 'http'}://{host}:{port}", flush=True)
-        uvicorn.Server(config).run(sockets=sockets)
+        server = uvicorn.Server(config)
+        _leave_once_ended(server)
+        server.run(sockets=sockets)
     except Timeout as error:
         raise InvalidArgumentError(
             f"another server runs on {settings.state}: stop it, or pass another --state"
@@ -192,6 +199,17 @@ def _serve(options: argparse.Namespace) -> int:
         lock.release()
         database.close()
     return 0
+
+
+def _leave_once_ended(server: uvicorn.Server) -> None:
+    """Bear the signal that ended the server in good order: uvicorn raises it once more."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if not server.should_exit:  # it is still starting
+            raise SystemExit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
 
 
 def _open(state: Path) -> Database:

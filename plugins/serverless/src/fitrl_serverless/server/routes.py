@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Path, Query, Request
 from fastapi.responses import FileResponse
 
+import fitrl
 from fitrl_serverless import wire
 from fitrl_serverless.server.bodies import IdempotencyKey, Owner, Received, TheService, documented, json_body
 from fitrl_serverless.server.errors import RefusedError
@@ -137,7 +139,9 @@ def create_job(
     """Put a job into the queue: one call of `fit_rl`."""
     body = received.body
     _check_size(body.trajectory_groups, service.settings.limits)
-    wire.groups_from_wire(body.trajectory_groups)  # what cannot be read is refused now, not in the queue
+    # what cannot be read or contradicts itself is refused now, not in the queue
+    wire.groups_from_wire(body.trajectory_groups)
+    _check_config(body.experimental_config)
     once = received.once(request, idempotency_key)
     identity = service.queue.submit(received.owner, body, received.text, once, service.settings.limits.jobs)
     return wire.CreatedTrainingJob(id=identity)
@@ -173,8 +177,14 @@ async def complete_chat(
 
 @health.get("/health")
 def get_health(service: TheService) -> dict[str, str]:
-    """Say that the server answers, and how its worker is."""
-    return {"status": "ok", "worker": service.supervisor.state}
+    """Say that the server answers, how its worker is, and that its objective is fitrl's own."""
+    return {"status": "ok", "worker": service.supervisor.state, "service": "fitrl", "objective": "exact"}
+
+
+def _check_config(config: wire.ExperimentalConfig | None) -> None:
+    known = {field.name for field in dataclasses.fields(fitrl.Objective)}
+    given = {} if config is None else config.arguments()
+    fitrl.Objective(**{name: value for name, value in given.items() if name in known})
 
 
 def _check_size(groups: Sequence[Group], limits: Limits) -> None:

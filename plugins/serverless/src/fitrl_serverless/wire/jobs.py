@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, JsonValue
 
+from fitrl.objective.objective import ImportanceSamplingLevel
 from fitrl_serverless.wire.base import ClosedModel, WireModel
 from fitrl_serverless.wire.groups import Group
 
@@ -20,7 +21,7 @@ class ExperimentalConfig(ClosedModel):
     advantage_balance: Annotated[float, Field(ge=-1, le=1)] | None = None
     epsilon: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     epsilon_high: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    importance_sampling_level: str | None = None
+    importance_sampling_level: ImportanceSamplingLevel | None = None
     kimi_k2_tau: Annotated[float, _Finite] | None = None
     learning_rate: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     mask_prob_ratio: bool | None = None
