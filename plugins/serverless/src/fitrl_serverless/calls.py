@@ -6,7 +6,6 @@ there is nothing to learn from. Nothing is tokenized here: the service has the t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -82,4 +81,4 @@ def collect(groups: Sequence[TrajectoryGroup], settings: UpdateSettings, config:
 
 
 def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values) if values else 0.0
+    return sum(values) / len(values) if values else 0.0

@@ -131,6 +131,12 @@ class ServerlessStrategy(SingleDeviceStrategy):
         module.call_metrics = self.outcome.metrics | {"objective/exact": float(run.about.is_exact)}
         return output
 
+    @property
+    @override
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Yes: whether a checkpoint can be gone on from is known once the model is open."""
+        return True
+
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         return {}

@@ -88,6 +88,8 @@ class ServerlessTrainer(BackendTrainer):
         )
         check_options(lightning_options)
         lightning_options |= {"accelerator": "cpu", "devices": 1}  # of the client, which computes nothing
+        if lightning_options.get("enable_model_summary") is None:
+            lightning_options["enable_model_summary"] = False  # there is no model here
         super().__init__(strategy=ServerlessStrategy(settings), **lightning_options)
         self.picked_up: ServerlessTrainResult | None = None
         self._lr_schedule = lr_schedule
