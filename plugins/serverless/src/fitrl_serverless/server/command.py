@@ -157,7 +157,7 @@ def _serve(options: argparse.Namespace) -> int:
         import uvicorn
 
         from fitrl_serverless.server.app import make_app
-        from fitrl_serverless.server.connections import bounded
+        from fitrl_serverless.server.connections import AnnouncingServer, bounded
         from fitrl_serverless.server.service import Service
     except ImportError as error:
         raise MissingDependencyError(f"{error}: pip install 'fitrl-serverless[server]'") from error
@@ -184,13 +184,9 @@ def _serve(options: argparse.Namespace) -> int:
             ssl_certfile=options.ssl_certfile,
             ssl_keyfile=options.ssl_keyfile,
         )
-        sockets = [config.bind_socket()]
-        port = sockets[0].getsockname()[1]
-        host = f"[{options.host}]" if ":" in options.host else options.host
-        print(f"fitrl: serving on {'https' if has_tls else 'http'}://{host}:{port}", flush=True)
-        server = uvicorn.Server(config)
+        server = AnnouncingServer(config)
         _leave_once_ended(server)
-        server.run(sockets=sockets)
+        server.run()
     except Timeout as error:
         raise InvalidArgumentError(
             f"another server runs on {settings.state}: stop it, or pass another --state"

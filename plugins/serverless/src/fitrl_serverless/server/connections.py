@@ -1,12 +1,26 @@
-"""HTTP connections that have to say what they want: one that sends its request's head too slowly is closed."""
+"""Uvicorn, as this server runs it: says where it listens, and hangs up on who does not say what he wants."""
 
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import Any
 
 import h11
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+
+class AnnouncingServer(uvicorn.Server):
+    """Prints its address on standard output once it listens."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start to listen."""
+        await super().startup(sockets)
+        if not self.should_exit:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            scheme = "https" if self.config.is_ssl else "http"
+            print(f"fitrl: serving on {scheme}://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
 
 
 def bounded(header_s: float) -> type[asyncio.Protocol]:

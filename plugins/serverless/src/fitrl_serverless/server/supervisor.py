@@ -50,8 +50,10 @@ class Supervisor:
         """
         self._ending.set()
         with self._database.transaction() as connection:
+            has_work = connection.execute("SELECT 1 FROM workers WHERE state = 'ready'").fetchone() is not None
             connection.execute("UPDATE workers SET state = 'stopping'")
-        self._thread.join(grace_s)
+        if has_work:  # else it has taken no job yet, and takes none any more
+            self._thread.join(grace_s)
         self._kill()
         self._thread.join()
 

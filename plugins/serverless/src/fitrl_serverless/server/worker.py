@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import time
+from typing import NoReturn
 
 from filelock import FileLock
 
@@ -32,8 +33,8 @@ _PREDECESSOR_S = 120.0
 _log = logging.getLogger("fitrl_serverless.server.worker")
 
 
-def main() -> int:
-    """Work until told to stop; returns the exit status."""
+def main() -> NoReturn:
+    """Work until told to stop, then end the process."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s worker: %(message)s")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -42,7 +43,8 @@ def main() -> int:
     thread = threading.Thread(target=lambda: status.append(_work(Settings.load(sys.argv[1]))), name="fitrl-serve-work")
     thread.start()
     thread.join()
-    return status[0] if status else FAILED
+    logging.shutdown()
+    os._exit(status[0] if status else FAILED)  # nothing is left to do, and the libraries take seconds to do it
 
 
 def _end_with_server() -> None:
@@ -135,4 +137,4 @@ def recover(queue: Queue, registry: Registry, settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
