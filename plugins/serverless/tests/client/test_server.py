@@ -98,24 +98,23 @@ def test_the_same_groups_give_the_step_of_a_local_trainer(server, tmp_path, lora
         assert AutoModelForCausalLM.from_pretrained(theirs).num_parameters() > 0
 
 
+@pytest.mark.slow
 def test_twenty_steps_raise_the_reward(server, tmp_path) -> None:
-    """The README's client: sampled over /chat/completions, trained by jobs."""
-    draw = random.Random(3)
+    """Sampled over /chat/completions, trained by jobs; the same eight tasks in each step."""
     rewards = []
     with opened(server) as trainer:
         model = model_in(tmp_path, "adder")
         for step in range(20):
-            tasks = draw.sample(TASKS, 25)
             groups = fitrl.rollout(
-                trainer.sampler(model), tasks, reward=correct, group_size=8, max_new_tokens=4, seed=step
+                trainer.sampler(model), TASKS[3::12][:8], reward=correct, group_size=8, max_new_tokens=4, seed=step
             )
             assert {t.policy_versions for g in groups for t in g} == {(step, step)}
-            result = trainer.fit_rl(model, groups, learning_rate=1e-3)
+            result = trainer.fit_rl(model, groups, learning_rate=3e-4)
             # the server samples from the very weights that it trains
             assert abs(result.metrics["mismatch/kl"]) < 1e-4 and result.metrics["objective/exact"] == 1.0
             rewards.append(result.metrics["reward/mean"])
         assert [found.step for found in trainer.checkpoints(model)] == list(range(21))
-    first, last = sum(rewards[:4]) / 4, sum(rewards[-4:]) / 4
+    first, last = sum(rewards[:3]) / 3, sum(rewards[-3:]) / 3
     assert last > first + 0.1, rewards
 
 
