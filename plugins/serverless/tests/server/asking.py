@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import httpx
-from helpers import group
 
 import fitrl
 from fitrl_serverless import wire
+from helpers import group
 
 JSON = {"content-type": "application/json"}
 

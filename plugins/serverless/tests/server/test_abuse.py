@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 from asking import JSON, job_body, make_model
+
 from helpers import group
 
 LIMIT = 60_000

@@ -8,10 +8,10 @@ import math
 import pytest
 import torch
 from asking import JSON, ended, events, job_body, make_model, steps, submit
-from helpers import completion, group, user
 from safetensors.torch import load, load_file
 
 import fitrl
+from helpers import completion, group, user
 
 
 @pytest.mark.parametrize("lora", [True, False])

@@ -9,11 +9,11 @@ from typing import Any
 import httpx
 import pytest
 from asking import ended, job_body, make_model, steps, submit
-from helpers import group
 
 from fitrl_serverless import wire
 from fitrl_serverless.server.database import Database
 from fitrl_serverless.server.keys import add_key, list_keys, owner_of, revoke_key
+from helpers import group
 
 PUBLIC = {("GET", "/health"), ("GET", "/openapi.json")}
 

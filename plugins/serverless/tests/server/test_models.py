@@ -119,9 +119,8 @@ def test_logged_trajectories_are_in_the_run_folder(server) -> None:
         model = make_model(client, "logged")
         import json
 
-        from helpers import group
-
         from fitrl_serverless import wire
+        from helpers import group
 
         sent = group([0, 1])
         body = wire.LogGroups(model_id=model, trajectory_groups=wire.groups_to_wire([sent]), split="val")
