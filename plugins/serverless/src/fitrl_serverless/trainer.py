@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -380,6 +381,8 @@ class ServerlessTrainer(BackendTrainer):
                 if self._module is not None:
                     self._module.model = model
             return run
+        if self._busy.locked() and self._busy_thread != threading.get_ident():
+            raise SessionError(f"a call of fit_rl is under way, {model!r} cannot be opened before it ends")
         self._release()
         settings = self.service_strategy.settings
         run = Run(self.service_strategy.service, model, settings.entity, settings.total_timeout_s)
