@@ -29,7 +29,7 @@ from fitrl_serverless.client.service import Service
 
 _LISTEN_S = 0.1  # how soon a stop is noticed
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 2.0
-_PAUSE_GROWTH = 1.5
+_PAUSE_GROWTH = 1.2  # so that an end is noticed late by a small part of the time that was waited
 
 
 @dataclass(slots=True, kw_only=True)
