@@ -40,7 +40,7 @@ def submit(client: httpx.Client, body: str, key: str | None = None) -> str:
     return str(answer.json()["id"])
 
 
-def ended(client: httpx.Client, job_id: str, within_s: float = 240.0) -> dict[str, Any]:
+def ended(client: httpx.Client, job_id: str, within_s: float = 500.0) -> dict[str, Any]:
     """The job, once it is at its end."""
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
