@@ -13,9 +13,11 @@ from asking import job_body
 import fitrl
 from fitrl_serverless import wire
 from fitrl_serverless.server.answers import Once
+from fitrl_serverless.server.checkpoints import Checkpoints
 from fitrl_serverless.server.database import Database
+from fitrl_serverless.server.job import Job, Outcome
 from fitrl_serverless.server.paging import Page
-from fitrl_serverless.server.queue import Job, Outcome, Queue
+from fitrl_serverless.server.queue import Queue
 from fitrl_serverless.server.registry import Registry
 from fitrl_serverless.server.settings import Limits, Settings
 from fitrl_serverless.server.worker import recover
@@ -68,7 +70,7 @@ def test_a_job_that_was_saved_is_at_its_end(parts) -> None:
     recover(parts.queue, parts.registry, parts.settings)
     assert parts.queue.get("alice", job.id).status == "succeeded"
     assert parts.kinds(job.id) == ["training_started", "gradient_step", "training_ended"]
-    page = parts.registry.checkpoints("alice", model, Page())
+    page = Checkpoints(parts.database, parts.registry).page("alice", model, Page())
     assert [checkpoint.step for checkpoint in page.data] == [0, 1]
     assert page.data[1].metrics["loss/train"] == 0.5 and page.data[1].metrics["ratio/max"] != 0
     json.loads(page.model_dump_json())
@@ -136,5 +138,5 @@ def test_leftovers_of_deleted_models_and_steps_are_cleared(parts) -> None:
     stray = parts.settings.state / "models" / "model-gone"
     stray.mkdir(parents=True)
     (parts.settings.state / "models" / model).mkdir()
-    parts.registry.tidy()
+    Checkpoints(parts.database, parts.registry).tidy()
     assert not stray.exists() and (parts.settings.state / "models" / model).exists()

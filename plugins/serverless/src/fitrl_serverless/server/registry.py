@@ -6,29 +6,23 @@ A model's run folder is named by its id, which the server made: no part of a pat
 from __future__ import annotations
 
 import json
-import logging
 import secrets
 import shutil
 import sqlite3
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import fitrl
-from fitrl.errors import CheckpointError, InvalidArgumentError
-from fitrl.policy.checkpoints import list_checkpoints, read_manifest, remove
+from fitrl.errors import InvalidArgumentError
 from fitrl_serverless import wire
 from fitrl_serverless.server.answers import Once, do_once
 from fitrl_serverless.server.database import Database
 from fitrl_serverless.server.errors import RefusedError, not_found
-from fitrl_serverless.server.paging import Page, cut
 from fitrl_serverless.server.settings import Settings
 
 _PROJECT = "models"
-_RESUMABLE_ONLY = ("trainer_state.pt",)  # the optimizer's: of use to this server alone
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +153,7 @@ class Registry:
         model = StoredModel.of(row)
         if artifact.step is None:
             return model, self.newest_step(model)
-        self._require_step(model, artifact.step)
+        self.require_step(model, artifact.step)
         return model, artifact.step
 
     def newest_step(self, model: StoredModel) -> int:
@@ -196,80 +190,19 @@ class Registry:
             deleted = connection.execute("DELETE FROM models WHERE id = ? AND owner = ?", (model_id, owner)).rowcount
         if not deleted:
             raise not_found("model of this id")
-        folder = self._settings.state / _PROJECT / model_id
+        folder = self.root / model_id
         existed = folder.is_dir()
         shutil.rmtree(folder, ignore_errors=True)  # what is left after a crash goes at the next start
         return wire.DeletedModel(model_id=model_id, deleted_checkpoints=steps, deleted_run=existed)
 
-    def checkpoints(self, owner: str, model_id: str, page: Page) -> wire.CheckpointPage:
-        """Some of a model's checkpoints, by step."""
-        model = self.get(owner, model_id)
-        rows = self._database.rows("SELECT step, metrics FROM checkpoints WHERE model_id = ? ORDER BY step", model.id)
-        found = [
-            wire.Checkpoint(id=f"{model.id}:{row['step']}", step=row["step"], metrics=json.loads(row["metrics"]))
-            for row in rows
-        ]
-        return wire.CheckpointPage.model_validate(cut(found, page))
-
-    def delete_checkpoints(self, owner: str, model_id: str, steps: Sequence[int]) -> wire.DeletedCheckpoints:
-        """Delete checkpoints.
-
-        Raises:
-            RefusedError: 404; 409, one of them is the newest, from which training goes on; nothing is deleted then.
-        """
-        model = self.get(owner, model_id)
-        with self._database.transaction() as connection:
-            known = {
-                row["step"]
-                for row in connection.execute("SELECT step FROM checkpoints WHERE model_id = ?", (model.id,))
-            }
-            newest = max(known, default=0)
-            if newest in steps:
-                raise RefusedError(
-                    409, f"step {newest} is the newest, from which training goes on: delete the model, or other steps"
-                )
-            doomed = sorted(known & set(steps))
-            connection.executemany(
-                "DELETE FROM checkpoints WHERE model_id = ? AND step = ?", [(model.id, step) for step in doomed]
-            )
-        for step in doomed:
-            folder = self.folder(model, step)
-            if folder.is_dir():
-                remove(folder)
-        return wire.DeletedCheckpoints(deleted_count=len(doomed), not_found_steps=sorted(set(steps) - known))
+    @property
+    def root(self) -> Path:
+        """Folder of all run folders."""
+        return self._settings.state / _PROJECT
 
     def folder(self, model: StoredModel, step: int) -> Path:
         """Folder of a checkpoint; step 0 has none."""
-        return self._settings.state / _PROJECT / model.id / "checkpoints" / f"{step:04d}"
-
-    def files(self, owner: str, model_id: str, step: int) -> wire.CheckpointFiles:
-        """What there is to download of a checkpoint.
-
-        Raises:
-            RefusedError: 404, no such step, or step 0, which is the base model.
-        """
-        model = self.get(owner, model_id)
-        self._require_step(model, step)
-        try:
-            manifest = read_manifest(self.folder(model, step))
-        except CheckpointError as error:
-            raise not_found(f"file of step {step}: step 0 is the base model") from error
-        files = [
-            wire.CheckpointFile(name=name, size=size, sha256=checksum)
-            for name, (size, checksum) in sorted(manifest.files.items())
-            if name not in _RESUMABLE_ONLY and "/" not in name
-        ]
-        return wire.CheckpointFiles(step=step, data=files)
-
-    def file(self, owner: str, model_id: str, step: int, name: str) -> Path:
-        """One of the files that `files` lists.
-
-        Raises:
-            RefusedError: 404, it is not on the list.
-        """
-        if name not in {entry.name for entry in self.files(owner, model_id, step).data}:
-            raise not_found("file of this name")
-        return self.folder(self.get(owner, model_id), step) / name
+        return self.root / model.id / "checkpoints" / f"{step:04d}"
 
     def log(self, owner: str, body: wire.LogGroups, once: Once) -> None:
         """Keep trajectories in the model's run folder, where `fitrl show` and `fitrl plot` find them.
@@ -284,28 +217,12 @@ class Registry:
         groups = wire.groups_from_wire(body.trajectory_groups)
         do_once(self._database, once, lambda _: run.log(groups, split=body.split) and None)
 
-    def tidy(self) -> None:
-        """Clear the folders of models that are not there any more; at the start, before anything else runs."""
-        known = {row["id"] for row in self._database.rows("SELECT id FROM models")}
-        folder = self._settings.state / _PROJECT
-        for path in folder.iterdir() if folder.is_dir() else ():
-            if path.name not in known:
-                _log.info("cleared what was left of the deleted %s", path.name)
-                shutil.rmtree(path, ignore_errors=True)
-        for row in self._database.rows("SELECT * FROM models"):
-            self._tidy_steps(StoredModel.of(row))
+    def require_step(self, model: StoredModel, step: int) -> None:
+        """See that a model has a checkpoint of a step.
 
-    def _tidy_steps(self, model: StoredModel) -> None:
-        """Clear checkpoints that were deleted, but for a crash on the way; newer ones are a running job's."""
-        known = {
-            row["step"] for row in self._database.rows("SELECT step FROM checkpoints WHERE model_id = ?", model.id)
-        }
-        newest = max(known, default=0)
-        for step, path in list_checkpoints(self.folder(model, 0).parent):
-            if step < newest and step not in known:
-                remove(path)
-
-    def _require_step(self, model: StoredModel, step: int) -> None:
+        Raises:
+            RefusedError: 404.
+        """
         row = self._database.row("SELECT 1 FROM checkpoints WHERE model_id = ? AND step = ?", model.id, step)
         if row is None:
             raise not_found(f"step {step} of this model")

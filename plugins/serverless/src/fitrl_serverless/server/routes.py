@@ -79,7 +79,7 @@ def list_checkpoints(
     order: Literal["asc", "desc"] = "asc",
 ) -> wire.CheckpointPage:
     """List checkpoints by step."""
-    return service.registry.checkpoints(owner, model_id, Page(after=after, limit=limit, order=order))
+    return service.checkpoints.page(owner, model_id, Page(after=after, limit=limit, order=order))
 
 
 @models.delete(
@@ -93,13 +93,13 @@ def delete_checkpoints(
     received: Annotated[Received[wire.DeleteCheckpoints], Depends(json_body(wire.DeleteCheckpoints))],
 ) -> wire.DeletedCheckpoints:
     """Delete checkpoints; not the newest, from which training goes on."""
-    return service.registry.delete_checkpoints(received.owner, model_id, received.body.steps)
+    return service.checkpoints.delete(received.owner, model_id, received.body.steps)
 
 
 @models.get("/{model_id}/checkpoints/{step}/files", responses=_errors(*_READING))
 def list_files(service: TheService, owner: Owner, model_id: Id, step: Step) -> wire.CheckpointFiles:
     """List the files of a checkpoint, as transformers and PEFT load them."""
-    return service.registry.files(owner, model_id, step)
+    return service.checkpoints.files(owner, model_id, step)
 
 
 @models.get(
@@ -110,7 +110,7 @@ def list_files(service: TheService, owner: Owner, model_id: Id, step: Step) -> w
 )
 def download_file(service: TheService, owner: Owner, model_id: Id, step: Step, name: Id) -> FileResponse:
     """Download a file of a checkpoint."""
-    path = service.registry.file(owner, model_id, step, name)
+    path = service.checkpoints.file(owner, model_id, step, name)
     return FileResponse(path, media_type="application/octet-stream")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fitrl_serverless.server.chats import Chats
+from fitrl_serverless.server.checkpoints import Checkpoints
 from fitrl_serverless.server.database import Database
 from fitrl_serverless.server.queue import Queue
 from fitrl_serverless.server.registry import Registry
@@ -19,6 +20,7 @@ class Service:
     settings: Settings
     database: Database
     registry: Registry
+    checkpoints: Checkpoints
     queue: Queue
     chats: Chats
     supervisor: Supervisor
@@ -31,6 +33,7 @@ class Service:
             settings=settings,
             database=database,
             registry=registry,
+            checkpoints=Checkpoints(database, registry),
             queue=Queue(database),
             chats=Chats(registry, settings),
             supervisor=Supervisor(settings, database),

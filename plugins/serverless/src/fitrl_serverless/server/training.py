@@ -24,8 +24,9 @@ from fitrl.errors import (
 )
 from fitrl_serverless import wire
 from fitrl_serverless.server.database import Database
+from fitrl_serverless.server.job import Job, Outcome
 from fitrl_serverless.server.orders import Orders
-from fitrl_serverless.server.queue import Job, Outcome, Queue
+from fitrl_serverless.server.queue import Queue
 from fitrl_serverless.server.registry import Registry, StoredModel
 
 _log = logging.getLogger(__name__)

@@ -21,8 +21,9 @@ import fitrl
 from fitrl.errors import FitRLError
 from fitrl.policy.checkpoints import newest, read_manifest
 from fitrl_serverless.server.database import Database
+from fitrl_serverless.server.job import Outcome
 from fitrl_serverless.server.orders import POLL_S, Orders
-from fitrl_serverless.server.queue import Outcome, Queue
+from fitrl_serverless.server.queue import Queue
 from fitrl_serverless.server.registry import Registry
 from fitrl_serverless.server.settings import Settings
 from fitrl_serverless.server.training import Training, reason, where
