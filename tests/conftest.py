@@ -69,6 +69,14 @@ def _command(process: psutil.Process) -> str:
         return ""
 
 
+def _family(process: psutil.Process) -> list[psutil.Process]:
+    """Children and theirs; none of a process that has ended."""
+    try:
+        return process.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Fail a test that leaves anything: environment, threads, processes, ports, process groups, temporary files."""
@@ -80,6 +88,8 @@ def nothing_left_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
     tempfile.tempdir = str(scratch)
     environment = dict(os.environ)
     threads = set(threading.enumerate())
+    me = psutil.Process()
+    started = set(me.children())  # by a fixture of several tests, which ends them
     yield
     tempfile.tempdir = outer
     changed = {
@@ -100,8 +110,10 @@ def nothing_left_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
     for thread in left:
         thread.join(_GRACE_S)  # one that is about to end may do so
     running = [thread.name for thread in left if thread.is_alive()]
-    me = psutil.Process()
-    children = {child: _command(child) for child in me.children(recursive=True)}
+    children = {child: _command(child) for child in _family(me) if child not in started}
+    for elder in started:
+        for child in _family(elder):
+            children.pop(child, None)
     ours = [child for child, line in children.items() if line and _COMPILER not in line and line.split()[0] != _MPI]
     _, alive = psutil.wait_procs(ours, timeout=_GRACE_S)
     processes = [children[child] for child in alive]

@@ -11,7 +11,7 @@ from fitrl.errors import DataError, GroupError, InvalidArgumentError
 from fitrl.rollout.rollout import read_task, run_blocking
 from fitrl.rollout.sampler import Sampler
 from fitrl.rollout.transformers import TransformersSampler
-from helpers import decode
+from helpers import completion, decode, user
 
 
 @pytest.fixture(scope="module")
@@ -337,3 +337,34 @@ def test_a_cancelled_caller_ends_its_rollouts() -> None:
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(main())
     assert ended == ["fitrl-rollout"]
+
+
+class TakesConversations:
+    """A sampler of a service that renders chat templates itself; it has no tokenizer."""
+
+    version = 3
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list, dict]] = []
+
+    async def sample(self, prompt_ids, **settings):
+        raise AssertionError("it was asked for ids")
+
+    async def sample_chat(self, messages, *, tools=None, **settings):
+        self.asked.append((list(messages), {"tools": tools} | settings))
+        return [completion("7")]
+
+    def update(self, weights, version) -> None: ...
+
+
+def test_a_sampler_that_takes_conversations_is_given_them() -> None:
+    sampler = TakesConversations()
+    assert isinstance(sampler, fitrl.ChatSampler) and isinstance(sampler, fitrl.Sampler)
+    tasks = [{"prompt": "3+4=", "tools": [{"name": "add"}]}]
+    [rolled] = fitrl.rollout(
+        sampler, tasks, reward=lambda task, t: 1.0, group_size=1, temperature=0.5, top_k=3, stop=["x"], seed=1
+    )
+    [(messages, settings)] = sampler.asked
+    assert messages == [user("3+4=")] and settings["tools"] == [{"name": "add"}]
+    assert (settings["n"], settings["temperature"], settings["top_k"], settings["stop"]) == (1, 0.5, 3, ("x",))
+    assert rolled.trajectories[0].completions()[0].text == "7"

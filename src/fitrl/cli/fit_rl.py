@@ -55,7 +55,8 @@ def main(arguments: Sequence[str]) -> int:
         except GroupError as error:
             return fail(f"{error} ({where(error.exceptions[-1])})", 1)
         except KeyboardInterrupt:
-            if not cli.model.checkpoints():
+            keeps_here = "save_checkpoint" in cli.arguments  # a service keeps its checkpoints itself
+            if not (cli.model.checkpoints() if keeps_here else cli.model.step):
                 return fail("interrupted before anything was learned", INTERRUPTED)
             return fail(f"interrupted; go on with: fitrl fit_rl --resume {cli.model.run_dir}", INTERRUPTED)
     return 0

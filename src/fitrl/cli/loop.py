@@ -24,7 +24,7 @@ def learn(cli: FitRLCLI) -> None:
     torch.manual_seed(seed)  # before the policy is opened: a checkpoint brings the RNG's state with it
     bars = [callback for callback in trainer.callbacks if isinstance(callback, RewardProgressBar)]
     rewards: list[float] = []
-    note = ""
+    note = artifact = ""
     start = time.perf_counter()
     with _no_empty_folder(model), trainer:
         trainer.sampler(model)  # opens the run: from here on it is ours
@@ -40,6 +40,7 @@ def learn(cli: FitRLCLI) -> None:
             result = trainer.fit_rl(model, groups, **cli.arguments | _saving(cli, call))
             logged = model.log(groups, metrics=result.metrics | extra, step=result.step)
             rewards.append(logged["reward/mean"])
+            artifact = getattr(result, "artifact_name", None) or artifact
             saved = result.step if getattr(result, "checkpoint_path", None) is not None else saved
             if not result.num_optimizer_steps:
                 for bar in bars:
@@ -51,7 +52,7 @@ def learn(cli: FitRLCLI) -> None:
             trainer.open(model).save()  # the last call stopped early, or had nothing to learn from
         speaks = trainer.is_global_zero
     if speaks:  # now that the bar has given the terminal back
-        report(model, rewards, time.perf_counter() - start, note)
+        report(model, rewards, time.perf_counter() - start, note, artifact)
 
 
 def _saving(cli: FitRLCLI, call: int) -> dict[str, bool]:
@@ -102,8 +103,8 @@ def _no_empty_folder(model: TrainableModel) -> Iterator[None]:
         raise
 
 
-def report(model: TrainableModel, rewards: list[float], seconds: float, note: str) -> None:
-    """Say what was learned and where it lies."""
+def report(model: TrainableModel, rewards: list[float], seconds: float, note: str, artifact: str = "") -> None:
+    """Say what was learned and where it lies: in the run folder, or on a service under the artifact's name."""
     if note:
         print(note)
     if rewards:
@@ -115,4 +116,4 @@ def report(model: TrainableModel, rewards: list[float], seconds: float, note: st
     checkpoints = model.checkpoints()
     print(f"run           {model.run_dir}")
     print(f"configuration {model.run_dir / CONFIG}")
-    print(f"checkpoint    {checkpoints[-1] if checkpoints else 'none'}")
+    print(f"checkpoint    {checkpoints[-1] if checkpoints else artifact or 'none'}")

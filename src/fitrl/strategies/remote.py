@@ -25,7 +25,7 @@ from fitrl.errors import CheckpointError, NothingAccumulatedError, SessionError
 from fitrl.objective.objective import CustomObjective, Objective
 from fitrl.policy.module import PolicyModule
 from fitrl.protocols.results import ForwardBackwardResult, OptimStepResult, TrainerConfig, TrainerStatus
-from fitrl.strategies.schedules import fast_forward
+from fitrl.strategies.schedules import stand_at
 from fitrl.strategies.sticky import Sticky
 
 
@@ -189,9 +189,7 @@ class RemoteStrategy(Sticky, SingleDeviceStrategy):
             raise CheckpointError(f"{type(self).__name__} has no saved state to load yet")
         step = self.remote_load(uri)
         self.clear_gradients()
-        for config in self.lr_scheduler_configs:
-            fast_forward(config.scheduler, step)
-        _compat.set_global_step(self.policy_module.trainer, step)
+        stand_at(self.policy_module.trainer, step)
         return uri
 
     def get_config(self) -> TrainerConfig:

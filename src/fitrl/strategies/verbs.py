@@ -35,7 +35,7 @@ from fitrl.protocols.results import (
     TrainerConfig,
     TrainerStatus,
 )
-from fitrl.strategies.schedules import fast_forward
+from fitrl.strategies.schedules import fast_forward, set_base_rate
 from fitrl.strategies.sticky import Sticky
 
 
@@ -279,16 +279,7 @@ class PolicyVerbs(Sticky):
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Set the rate that the schedule multiplies; Lightning's scheduler would overwrite a plain `lr`."""
-        for config in self.lr_scheduler_configs:
-            scheduler: Any = config.scheduler
-            scheduler.base_lrs = [learning_rate] * len(scheduler.base_lrs)
-            rates = [
-                base * factor(scheduler.last_epoch)
-                for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-            ]
-            for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
-                group["initial_lr"] = learning_rate
-                group["lr"] = rate
+        set_base_rate(self, learning_rate)
 
     # -- Scores, ExportsWeights ---------------------------------------------------------------------------------
 

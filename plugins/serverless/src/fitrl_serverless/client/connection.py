@@ -1,0 +1,348 @@
+"""`Connection`: requests to one service, with time limits, and repeated where a repetition cannot do harm.
+
+Enters: method, path, body. Leaves: the answer, or a `ServiceError`. One event loop on a thread of its
+own serves synchronous calls and the rollouts' event loops alike, over one pool of connections.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import json
+import logging
+import random
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import httpx
+import tenacity
+
+from fitrl.errors import InvalidArgumentError
+from fitrl_serverless.client.bodies import Body, FileBody
+from fitrl_serverless.client.errors import (
+    MalformedAnswerError,
+    ServiceError,
+    ServiceTimeoutError,
+    UnreachableError,
+    of_status,
+)
+
+_T = TypeVar("_T")
+_log = logging.getLogger(__name__)
+REQUEST_TIMEOUT_S = 60.0
+RETRY_TIMEOUT_S = 300.0
+_FIRST_WAIT_S = 0.2
+_BACKOFF = tenacity.wait_random_exponential(multiplier=_FIRST_WAIT_S, max=20.0)
+_BUSY = (408, 425, 429, 500, 502, 503, 504)  # a later request may be answered
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_CHUNK = 1 << 16
+_MOST_ERROR_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a service said, with a status below 300.
+
+    Attributes:
+        status: of HTTP.
+        content: the body's bytes.
+        request_id: that the service or this client gave the request.
+    """
+
+    status: int
+    content: bytes
+    request_id: str
+
+
+class Connection:
+    """Requests to one service.
+
+    Args:
+        url: of the service, path prefix included.
+        key: sent as a bearer token; never logged, shown or written to disk.
+        request_timeout_s: longest silence of a request: without a connection, or without a byte.
+        retry_timeout_s: how long a request is repeated while the service is busy, failing or away.
+        transport: in place of the network.
+
+    Raises:
+        InvalidArgumentError: no http or https address, a key that cannot be a header, a key that would go to another
+            machine unencrypted, or a limit that is not above 0.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        key: str,
+        *,
+        request_timeout_s: float = REQUEST_TIMEOUT_S,
+        retry_timeout_s: float = RETRY_TIMEOUT_S,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self.url = _check_url(url)
+        if not key or not key.isascii() or not key.isprintable() or " " in key:
+            raise InvalidArgumentError("the key must be printable ASCII without spaces")
+        for name, value in (("request_timeout_s", request_timeout_s), ("retry_timeout_s", retry_timeout_s)):
+            if not value > 0:
+                raise InvalidArgumentError(f"{name} must be above 0, got {value}")
+        self._key = key
+        self._request_timeout_s = request_timeout_s
+        self._retry_timeout_s = retry_timeout_s
+        self._transport = transport
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._client: httpx.AsyncClient | None = None
+
+    def __repr__(self) -> str:
+        return f"Connection({self.url!r})"
+
+    # -- from synchronous code, and from other event loops -----------------------------------------------------
+
+    def start(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:
+        """Run a coroutine that uses this connection on its own event loop."""
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                self._thread = threading.Thread(target=self._loop.run_forever, name="fitrl-serverless", daemon=True)
+                self._thread.start()
+            return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def wait(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Run a coroutine to its end; an exception that interrupts the wait cancels it."""
+        future = self.start(work)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def close(self) -> None:
+        """End what is under way and close the connections; a later request opens them anew."""
+        with self._lock:
+            loop, thread, self._loop, self._thread = self._loop, self._thread, None, None
+        if loop is None or thread is None:
+            return
+        asyncio.run_coroutine_threadsafe(self._end(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+    async def _end(self) -> None:
+        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        if self._client is not None:
+            await self._client.aclose()
+            self._client = None
+
+    # -- requests -----------------------------------------------------------------------------------------------
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: Body | FileBody | None = None,
+        query: Mapping[str, str | int] | None = None,
+        idempotency_key: str | None = None,
+        repeatable: bool | None = None,
+        silence_s: float | None = None,
+    ) -> Answer:
+        """Send a request and read its answer.
+
+        Args:
+            method: of HTTP.
+            path: behind the service's address.
+            body: JSON.
+            query: parameters.
+            idempotency_key: by which the service knows a repetition of the same POST.
+            repeatable: whether to repeat the request; None: if it is no POST, or has an idempotency key.
+            silence_s: instead of `request_timeout_s`.
+
+        Raises:
+            ServiceError: see its subclasses.
+        """
+        headers = {"X-Request-Id": uuid.uuid4().hex} | ({} if body is None else body.headers)
+        if idempotency_key is not None:
+            headers["Idempotency-Key"] = idempotency_key
+        if repeatable is None:
+            repeatable = method != "POST" or idempotency_key is not None
+
+        async def attempt() -> Answer:
+            built = self._open_client().build_request(
+                method,
+                self.url + path,
+                params=query,
+                headers=headers,
+                content=None if body is None else body.content(),
+                timeout=self._limits(silence_s),
+            )
+            async with self._answer(built) as response:
+                told = response.headers.get("X-Request-Id") or headers["X-Request-Id"]
+                return Answer(status=response.status_code, content=await response.aread(), request_id=told)
+
+        return await self._repeat(attempt, repeatable)
+
+    async def download(self, path: str, take: Callable[[bytes], object], restart: Callable[[], object]) -> None:
+        """Stream an answer's bytes; `restart` is called before each attempt.
+
+        Raises:
+            ServiceError: see its subclasses.
+        """
+
+        async def attempt() -> None:
+            restart()
+            built = self._open_client().build_request(
+                "GET", self.url + path, headers={"X-Request-Id": uuid.uuid4().hex}, timeout=self._limits(None)
+            )
+            async with self._answer(built) as response:
+                async for chunk in response.aiter_bytes(_CHUNK):
+                    take(chunk)
+
+        await self._repeat(attempt, True)
+
+    async def _repeat(self, attempt: Callable[[], Coroutine[Any, Any, _T]], repeatable: bool) -> _T:
+        """Make attempts until one succeeds, fails for good, or the time is up."""
+        if not repeatable:
+            return await attempt()
+        retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception(_may_pass),
+            wait=_wait_as_told,
+            stop=tenacity.stop_before_delay(self._retry_timeout_s),
+            before_sleep=_say,
+            reraise=True,
+        )
+        return await retrying(attempt)
+
+    def _limits(self, silence_s: float | None) -> httpx.Timeout:
+        return httpx.Timeout(self._request_timeout_s if silence_s is None else silence_s, pool=None)
+
+    def _open_client(self) -> httpx.AsyncClient:
+        if self._client is None:
+            self._client = httpx.AsyncClient(
+                headers={"Authorization": f"Bearer {self._key}", "User-Agent": "fitrl-serverless"},
+                # no redirects: the key goes nowhere else
+                follow_redirects=False,
+                limits=httpx.Limits(max_connections=256, max_keepalive_connections=32),
+                transport=self._transport,
+            )
+        return self._client
+
+    @asynccontextmanager
+    async def _answer(self, request: httpx.Request) -> AsyncIterator[httpx.Response]:
+        """An answer with a status below 300, not read yet; anything else is an exception of ours."""
+        what = f"{request.method} {request.url.path}"
+        about: dict[str, Any] = {"request": what, "request_id": request.headers["X-Request-Id"]}
+        try:
+            response = await self._open_client().send(request, stream=True)
+            try:
+                about["request_id"] = response.headers.get("X-Request-Id") or about["request_id"]
+                if response.status_code >= 300:
+                    raise await self._refusal(response, what, about["request_id"])
+                yield response
+            finally:
+                await response.aclose()
+        except httpx.TimeoutException as error:
+            words = f"{self.url} was silent for longer than the limit ({type(error).__name__})"
+            raise ServiceTimeoutError(words, **about) from error
+        except httpx.DecodingError as error:
+            raise MalformedAnswerError(f"the answer cannot be unpacked: {error}", **about) from error
+        except httpx.TransportError as error:
+            words = f"{self.url} cannot be reached ({type(error).__name__}: {self._without_key(str(error))})"
+            raise UnreachableError(words, **about) from error
+
+    async def _refusal(self, response: httpx.Response, what: str, request_id: str) -> ServiceError:
+        body = bytearray()
+        async for chunk in response.aiter_bytes():
+            body += chunk
+            if len(body) > _MOST_ERROR_BYTES:
+                break
+        status = response.status_code
+        if status < 400:
+            words = f"{self.url} answers with a redirect, which is not followed: pass the address that it leads to"
+            return MalformedAnswerError(words, request=what, status=status, request_id=request_id)
+        words = self._without_key(_words(bytes(body)) or response.reason_phrase or "no reason given")
+        return of_status(status)(
+            words,
+            request=what,
+            status=status,
+            request_id=request_id,
+            retry_after_s=_retry_after(response.headers.get("Retry-After")),
+        )
+
+    def _without_key(self, words: str) -> str:
+        return words.replace(self._key, "***")
+
+
+def _check_url(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname
+        parts.port  # noqa: B018 - raises where it is no number
+    except ValueError as error:
+        raise InvalidArgumentError(f"url={url!r} is no address: {error}") from error
+    if parts.scheme not in ("http", "https") or not host or parts.query or parts.fragment:
+        raise InvalidArgumentError(f"url must be like https://host/path, got {url!r}")
+    if parts.username or parts.password:
+        raise InvalidArgumentError("url must not hold a user or password: pass key=...")
+    if parts.scheme == "http" and host not in _LOOPBACK:
+        raise InvalidArgumentError(
+            f"url={url!r}: the key and the trajectories would cross the network unencrypted; put the service behind "
+            "https, or reach it through a tunnel on 127.0.0.1"
+        )
+    return url.rstrip("/")
+
+
+def _words(body: bytes) -> str:
+    """The server's words: of {"detail": ...} or {"error": ...}, else the body's text."""
+    text = body.decode(errors="replace").strip()
+    try:
+        said = json.loads(text)
+    except ValueError:
+        return text
+    for name in ("detail", "error", "message"):
+        if isinstance(said, dict) and said.get(name):
+            said = said[name]
+    return said if isinstance(said, str) else json.dumps(said)
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Seconds to wait, from the header's number or date."""
+    if value is None:
+        return None
+    if value.strip().isdecimal():
+        return float(value)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return None
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether the same request may succeed later."""
+    if isinstance(error, ServiceTimeoutError | UnreachableError):
+        return True
+    return isinstance(error, ServiceError) and error.status in _BUSY
+
+
+def _wait_as_told(state: tenacity.RetryCallState) -> float:
+    """As long as the service asked, and a little more; else anything up to a window that doubles each time."""
+    error = state.outcome.exception() if state.outcome is not None else None
+    if isinstance(error, ServiceError) and error.retry_after_s is not None:
+        return error.retry_after_s + random.uniform(0, _FIRST_WAIT_S)
+    return _BACKOFF(state)
+
+
+def _say(state: tenacity.RetryCallState) -> None:
+    """Tell from the second failure on, so that nobody waits for a wrong address without knowing."""
+    error = state.outcome.exception() if state.outcome is not None else None
+    if state.attempt_number >= 2:
+        _log.warning("attempt %d failed and is repeated: %s", state.attempt_number, error)

@@ -1,0 +1,1 @@
+"""`fitrl serve`: the training API over `LocalTrainer`; needs the extra `server`."""
