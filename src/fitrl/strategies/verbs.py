@@ -20,12 +20,11 @@ from typing_extensions import override
 from fitrl import _compat
 from fitrl.data import ranks
 from fitrl.data.batch import Batch
-from fitrl.errors import CheckpointError, InvalidArgumentError, NothingAccumulatedError, SessionError
+from fitrl.errors import CheckpointError, InvalidArgumentError, NothingAccumulatedError
 from fitrl.objective.objective import CustomObjective, Objective
 from fitrl.policy import checkpoints, random_state
 from fitrl.policy.attention import attention_kernels
 from fitrl.policy.loading import load_weights, save_weights, trained_state
-from fitrl.policy.module import PolicyModule
 from fitrl.policy.sharding import like, whole
 from fitrl.protocols.results import (
     ForwardBackwardResult,
@@ -35,39 +34,13 @@ from fitrl.protocols.results import (
     TrainerStatus,
 )
 from fitrl.strategies.schedules import fast_forward
-from fitrl.strategies.sticky import Sticky
+from fitrl.strategies.session import SessionStrategy
 
 
-class PolicyVerbs(Sticky):
+class PolicyVerbs(SessionStrategy):
     """`Trains`, `Scores` and `ExportsWeights` on top of a Lightning strategy that trains in this process."""
 
     _accumulated: int = 0
-    saved_step: int | None = None
-
-    @property
-    def has_unsaved_steps(self) -> bool:
-        """Whether steps were taken since the state was last saved under its step, or loaded."""
-        return self.saved_step != self.policy_module.trainer.global_step
-
-    @property
-    def policy_module(self) -> PolicyModule:
-        """The module that is set up.
-
-        Raises:
-            SessionError: none is.
-        """
-        module = self.lightning_module
-        if not isinstance(module, PolicyModule) or not self.is_live:
-            raise SessionError("no model is open: call trainer.open(model) or trainer.fit_rl(model, groups) first")
-        return module
-
-    # -- the embedded sampler -----------------------------------------------------------------------------------
-
-    def lend_weights(self) -> None:
-        """Let a sampler in this process read the weights until the next step; a collective."""
-
-    def take_weights_back(self) -> None:
-        """Make the weights ready for training again; a collective, and nothing if they are."""
 
     # -- Lightning's hooks, counted -----------------------------------------------------------------------------
 
@@ -247,21 +220,8 @@ class PolicyVerbs(Sticky):
         return TrainerStatus(
             step=module.trainer.global_step,
             accumulated_microbatches=self._accumulated,
-            learning_rate=float(_compat.raw_optimizer(self).param_groups[0]["lr"]),
+            learning_rate=self._learning_rate(),
         )
-
-    def set_learning_rate(self, learning_rate: float) -> None:
-        """Set the rate that the schedule multiplies; Lightning's scheduler would overwrite a plain `lr`."""
-        for config in self.lr_scheduler_configs:
-            scheduler: Any = config.scheduler
-            scheduler.base_lrs = [learning_rate] * len(scheduler.base_lrs)
-            rates = [
-                base * factor(scheduler.last_epoch)
-                for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-            ]
-            for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
-                group["initial_lr"] = learning_rate
-                group["lr"] = rate
 
     # -- Scores, ExportsWeights ---------------------------------------------------------------------------------
 
