@@ -26,6 +26,7 @@ from fitrl.rollout.datamodule import RolloutDataModule
 from fitrl.rollout.rollout import Chat, rollout, rollout_async
 from fitrl.rollout.sampler import Sampler
 from fitrl.rollout.transformers import TransformersSampler
+from fitrl.trainers.backend import BackendTrainer
 from fitrl.trainers.base import RLTrainer
 from fitrl.trainers.local import LocalTrainer
 from fitrl.trainers.progress import RewardProgressBar
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdamWSettings",
+    "BackendTrainer",
     "Batch",
     "Chat",
     "Completion",

@@ -7,37 +7,26 @@ makes the same plan and trains its share of it.
 
 from __future__ import annotations
 
-import asyncio
-import signal
 import sys
-import threading
 import time
-from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, ClassVar
 
 import torch
 
-from fitrl import _compat
-from fitrl.data import ranks
 from fitrl.data.batch import Feed
 from fitrl.data.groups import TrajectoryGroup
 from fitrl.data.join import join_groups
 from fitrl.data.samples import SampleSet, build_samples
 from fitrl.errors import (
     DataError,
-    InvalidArgumentError,
     NonFiniteGradientError,
     OutOfMemoryError,
     RankLostError,
     SessionError,
 )
-from fitrl.objective.objective import ImportanceSamplingLevel
 from fitrl.policy.model import TrainableModel
-from fitrl.policy.module import PolicyModule
 from fitrl.policy.plots import plot_batches
 from fitrl.protocols.results import LocalTrainResult, TrainResult
 from fitrl.trainers.interrupts import Stop
@@ -45,38 +34,11 @@ from fitrl.trainers.learning_rate import num_trajectories_factor, reward_std_fac
 from fitrl.trainers.memory import halve
 from fitrl.trainers.plan import Plan, plan_call, plan_rest
 from fitrl.trainers.session import SessionTrainer
-from fitrl.trainers.settings import UpdateSettings, naming_the_backend
+from fitrl.trainers.settings import UpdateSettings
 
 
 class RLTrainer(SessionTrainer):
-    """A trainer with `fit_rl`; subclasses are backends and add typed arguments. See `SessionTrainer` for its own.
-
-    The loop around `fit_rl` is the user's, so a callback that asks to stop (EarlyStopping) is heard there: after a call
-    `trainer.should_stop` is what callbacks said during that call. Break then; a further call would go on training.
-    """
-
-    backend: ClassVar[str] = "RLTrainer"
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "fit_rl" in cls.__dict__:
-            cls.fit_rl = naming_the_backend(cls.__dict__["fit_rl"])  # type: ignore[method-assign]
-
-    @abstractmethod
-    def fit_rl(
-        self,
-        model: TrainableModel,
-        groups: Iterable[TrajectoryGroup],
-        *,
-        learning_rate: float = 5e-6,
-        ppo: bool = False,
-        epsilon: float | None = None,
-        epsilon_high: float | None = None,
-        advantage_balance: float = 0.0,
-        scale_rewards: bool = True,
-        importance_sampling_level: ImportanceSamplingLevel = "token",
-    ) -> TrainResult:
-        """Teach the model from groups; the arguments that every backend takes."""
+    """A trainer that computes what is learned from groups itself; see `SessionTrainer` for its own arguments."""
 
     def _update(
         self, model: TrainableModel, groups: Iterable[TrajectoryGroup], settings: UpdateSettings
@@ -95,26 +57,7 @@ class RLTrainer(SessionTrainer):
         self, model: TrainableModel, groups: Iterable[TrajectoryGroup], settings: UpdateSettings
     ) -> tuple[TrainResult, str | None]:
         """Everything that `fit_rl` does once its arguments are checked: what every backend tells, and what it saved."""
-        if not self._busy.acquire(blocking=False):
-            raise SessionError("this trainer is in a fit_rl call already; one trainer trains one model at a time")
-        self._busy_thread = threading.get_ident()
-        try:
-            with ranks.naming_the_lost(), self._interrupts.listen():
-                result = self._update_alone(model, list(groups), settings)
-        except Exception as error:
-            # with several ranks the others have to agree, in the next call
-            if ranks.world_size() == 1 and (told := self._interrupts.take()) is not None:
-                raise told from error
-            raise
-        except BaseException:
-            self._interrupts.take()
-            raise
-        finally:
-            self._busy_thread = None
-            self._busy.release()
-        if self._interrupts.stop is Stop.SIGNALLED:  # of another rank, where this one got none
-            raise self._interrupts.take() or SystemExit(128 + signal.SIGTERM)
-        return result
+        return self._one_call(lambda: self._update_alone(model, list(groups), settings))
 
     def _update_alone(
         self, model: TrainableModel, groups: Sequence[TrajectoryGroup], settings: UpdateSettings
@@ -148,38 +91,6 @@ class RLTrainer(SessionTrainer):
         if settings.verbose and self.is_global_zero:
             print(f"{self.backend} {_line(result)}", file=sys.stderr)
         return result, checkpoint
-
-    async def in_worker(self, call: Callable[[], Any]) -> Any:
-        """Run a call after those that wait already; a cancelled one stops between two optimizer steps."""
-        if self._worker is None:
-            self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fitrl-fit_rl")
-        self._interrupts.watch()  # here, on the thread that gets signals
-        cancelled = threading.Event()
-
-        def run() -> Any:
-            if self.strategy.root_device.type == "cuda":
-                torch.cuda.set_device(self.strategy.root_device)  # each thread has a current device of its own
-            self._interrupts.cancelled = cancelled
-            try:
-                return call()
-            finally:
-                self._interrupts.cancelled = None
-
-        job = self._worker.submit(run)
-        waiting = asyncio.wrap_future(job)
-        try:
-            return await asyncio.shield(waiting)
-        except asyncio.CancelledError as stop:
-            cancelled.set()
-            job.cancel()
-            while not job.done():
-                try:
-                    await asyncio.wait([waiting])
-                except asyncio.CancelledError:
-                    continue  # the step under way is finished all the same
-            if not job.cancelled() and (error := job.exception()) is not None:
-                raise stop from error
-            raise
 
     def _collect(self, model: TrainableModel, groups: Sequence[TrajectoryGroup], settings: UpdateSettings) -> SampleSet:
         """Open the model, join the ranks' groups and read them; nothing changes before they are known to be sound."""
@@ -252,7 +163,11 @@ class RLTrainer(SessionTrainer):
         try:
             while True:
                 try:
-                    self._run_epoch(module, plan)
+                    try:
+                        self._run_epoch(module, Feed(plan.batches), accumulate=plan.accumulate)
+                    finally:
+                        if self.verbs.is_live:
+                            self.verbs.clear_gradients()  # of a step that a callback stopped in its middle
                     return plan
                 except torch.OutOfMemoryError as error:
                     if module.is_updating:
@@ -268,48 +183,6 @@ class RLTrainer(SessionTrainer):
                 module.host_metrics = samples.metrics | plan.metrics
         finally:
             module.goes_on = module.is_updating = False
-
-    def _run_epoch(self, module: PolicyModule, plan: Plan) -> None:
-        """One Lightning epoch over the microbatches."""
-        self.accumulate_grad_batches = plan.accumulate
-        _compat.allow_one_more_epoch(self)
-        try:
-            with ranks.naming_the_lost(), _compat.without_epoch_notes(), _compat.keeping_device_memory(self):
-                self.fit(module, train_dataloaders=Feed(plan.batches))
-        except SystemExit as stop:
-            # Lightning answers the second Ctrl-C by ignoring further ones and leaving the process
-            if isinstance(stop.__context__, KeyboardInterrupt):
-                self._release()
-                raise KeyboardInterrupt from None
-            raise
-        finally:
-            self.accumulate_grad_batches = 1
-            self.fit_loop.max_epochs = self._user_max_epochs
-            if self.verbs.is_live:
-                self.verbs.clear_gradients()  # of a step that a callback stopped in its middle
-
-    def _check_limits(self) -> None:
-        """Refuse what the user fixed at construction and a call cannot honour."""
-        if self.accumulate_grad_batches != 1:
-            raise InvalidArgumentError(
-                f"accumulate_grad_batches={self.accumulate_grad_batches} contradicts fit_rl, which sets it: bound "
-                "microbatches with max_tokens_per_microbatch, steps with num_minibatches"
-            )
-        all_batches = isinstance(self.limit_train_batches, float) and self.limit_train_batches == 1.0
-        if not all_batches or self.overfit_batches or self.fast_dev_run:  # type: ignore[attr-defined]
-            raise InvalidArgumentError(
-                "limit_train_batches, overfit_batches and fast_dev_run would leave out microbatches of a step; pass "
-                "fewer groups instead"
-            )
-        limit = self._user_max_epochs
-        if limit is not None and limit >= 0 and _compat.epochs_processed(self) >= limit:
-            raise InvalidArgumentError(f"max_epochs={limit} calls of fit_rl are used up; one call is one epoch")
-
-    def _check_max_steps(self, planned: int) -> None:
-        if self.max_steps >= 0 and self.global_step + planned > self.max_steps:
-            raise InvalidArgumentError(
-                f"max_steps={self.max_steps} is exhausted: this call would take {planned} more after {self.global_step}"
-            )
 
 
 def _line(result: TrainResult) -> str:

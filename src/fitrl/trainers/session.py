@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
 import lightning
-from lightning.pytorch.callbacks import Callback, Checkpoint, ModelSummary, ProgressBar
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import Strategy
 
 from fitrl import _compat
@@ -32,7 +31,7 @@ from fitrl.rollout.sampler import Sampler
 from fitrl.rollout.transformers import TransformersSampler
 from fitrl.strategies.session import SessionStrategy
 from fitrl.strategies.verbs import PolicyVerbs
-from fitrl.trainers.interrupts import Interrupts
+from fitrl.trainers.backend import BackendTrainer
 from fitrl.trainers.launched import check_processes
 from fitrl.trainers.progress import RewardProgressBar
 
@@ -46,7 +45,7 @@ class _Session:
     sampler: TransformersSampler | None = None
 
 
-class SessionTrainer(lightning.Trainer):
+class SessionTrainer(BackendTrainer):
     """A Lightning trainer that keeps one model open between calls, saves it, and hands its weights to a sampler.
 
     Args:
@@ -58,10 +57,8 @@ class SessionTrainer(lightning.Trainer):
         sampler: what `trainer.sampler(model)` returns instead of the embedded one; it is handed the new weights
             after each call.
         callbacks: of Lightning or your own.
-        enable_model_summary: print Lightning's model summary, once per model; None: yes.
-        **lightning_options: of `lightning.Trainer`. Defaults that differ for RL, also in place of None: no logger, no
-            checkpoint callback and no progress bar unless asked for, `log_every_n_steps=1`, no sanity validation,
-            `max_epochs=-1`, `inference_mode=False`.
+        enable_model_summary: see `BackendTrainer`.
+        **lightning_options: of `lightning.Trainer`, see `BackendTrainer`.
 
     Raises:
         InvalidArgumentError: a strategy without the verbs of `PolicyTrainer`, one for several processes in a script
@@ -83,26 +80,9 @@ class SessionTrainer(lightning.Trainer):
         enable_model_summary: bool | None = None,
         **lightning_options: Any,
     ) -> None:
-        given = list(callbacks) if isinstance(callbacks, Sequence) else [] if callbacks is None else [callbacks]
-        self._interrupts = Interrupts()
-        given.append(self._interrupts)
-        defaults = {
-            "logger": False,
-            "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in given),
-            "enable_progress_bar": any(isinstance(callback, ProgressBar) for callback in given),
-            "log_every_n_steps": 1,
-            "num_sanity_val_steps": 0,
-            "max_epochs": -1,
-            "inference_mode": False,  # FSDP2 cannot train on weights that were gathered in it
-        }
-        # filled in place, so that the command line can follow the options to Lightning's own types and texts
-        for name, value in defaults.items():
-            if lightning_options.get(name) is None:
-                lightning_options[name] = value
-        if enable_model_summary is not False and not any(isinstance(callback, ModelSummary) for callback in given):
-            given.append(_SummaryOnce())
-        max_epochs = lightning_options["max_epochs"]
-        super().__init__(strategy=strategy, callbacks=given, enable_model_summary=False, **lightning_options)
+        super().__init__(
+            strategy=strategy, callbacks=callbacks, enable_model_summary=enable_model_summary, **lightning_options
+        )
         if not isinstance(self.strategy, self.strategy_kind):
             raise InvalidArgumentError(
                 f"{type(self).__name__} needs a strategy of fitrl, a {self.strategy_kind.__name__}, got "
@@ -116,12 +96,8 @@ class SessionTrainer(lightning.Trainer):
         self._compile = compile
         self._activation_checkpointing = activation_checkpointing
         self._given_sampler = sampler
-        self._user_max_epochs = max_epochs
         self._session: _Session | None = None
         self._lock: RunLock | None = None
-        self._busy = threading.Lock()
-        self._busy_thread: int | None = None
-        self._worker: ThreadPoolExecutor | None = None
 
     @property
     def verbs(self) -> SessionStrategy:
@@ -252,16 +228,6 @@ class SessionTrainer(lightning.Trainer):
             self._say_where_to_resume(self._save())
         self.close()
 
-    def _end_worker(self) -> None:
-        """Stop the call of `fit_rl_async` that runs after its optimizer step, and drop those that wait."""
-        if self._worker is None:
-            return
-        self._worker.shutdown(wait=False, cancel_futures=True)
-        if (cancelled := self._interrupts.cancelled) is not None:
-            cancelled.set()
-        self._worker.shutdown()
-        self._worker = None
-
     def _release(self) -> None:
         if self._session is not None and self._session.sampler is not None:
             self._session.sampler.close()
@@ -311,14 +277,3 @@ class SessionTrainer(lightning.Trainer):
                 file=sys.stderr,
                 flush=True,
             )
-
-
-class _SummaryOnce(ModelSummary):
-    """Lightning's model summary, once per model instead of once per call."""
-
-    _summarised: PolicyModule | None = None
-
-    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        if pl_module is not self._summarised:
-            self._summarised = pl_module  # type: ignore[assignment]
-            super().on_fit_start(trainer, pl_module)
