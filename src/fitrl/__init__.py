@@ -23,8 +23,8 @@ from fitrl.policy.optimizers import AdamWSettings
 from fitrl.protocols.results import LocalTrainResult, TrainResult
 from fitrl.protocols.verbs import ExportsWeights, PolicyTrainer, Scores, SupportsFitRL, Trains
 from fitrl.rollout.datamodule import RolloutDataModule
-from fitrl.rollout.rollout import Chat, rollout, rollout_async
-from fitrl.rollout.sampler import Sampler
+from fitrl.rollout.rollout import Chat, prompt_ids, rollout, rollout_async
+from fitrl.rollout.sampler import ChatSampler, Sampler
 from fitrl.rollout.transformers import TransformersSampler
 from fitrl.trainers.backend import BackendTrainer
 from fitrl.trainers.base import RLTrainer
@@ -38,6 +38,7 @@ __all__ = [
     "BackendTrainer",
     "Batch",
     "Chat",
+    "ChatSampler",
     "Completion",
     "CustomObjective",
     "ExceptionRecord",
@@ -74,6 +75,7 @@ __all__ = [
     "load_tokenizer",
     "pack",
     "policy_loss",
+    "prompt_ids",
     "rollout",
     "rollout_async",
 ]

@@ -39,6 +39,7 @@ examples:
 A value is a --section.key, or a line under that section in the YAML file; later ones win. --print_config prints the
 whole configuration. Options of lightning.Trainer, like devices, precision, callbacks and logger, are keys of the
 section trainer too: --help_all lists them, --trainer.callbacks.help CLASS shows those of a class."""
+_SECRETS = {"key", "api_key"}  # of a backend's trainer
 _SECTIONS = {
     "model": "model: what is trained, and where its run lies",
     "trainer": "trainer: of the backend; and every option of lightning.Trainer, see --help_all",
@@ -131,6 +132,8 @@ def _reproducible(config: Namespace) -> Namespace:
     """The configuration as it is saved: of a new run, from whichever folder it is started."""
     saved = config.clone()
     saved.resume = None
+    for secret in _SECRETS & set(saved.trainer.keys()):
+        saved.trainer[secret] = None  # a resumed run takes it from the environment
     if isinstance(saved.rollout.tasks, str) and saved.rollout.tasks.endswith(".jsonl"):
         saved.rollout.tasks = str(Path(saved.rollout.tasks).expanduser().resolve())
     return saved

@@ -19,7 +19,7 @@ from fitrl.data.gather import gather
 from fitrl.data.groups import Trajectory, TrajectoryGroup
 from fitrl.data.tokens import render_prompt
 from fitrl.errors import DataError, InvalidArgumentError
-from fitrl.rollout.sampler import Sampler
+from fitrl.rollout.sampler import ChatSampler, Sampler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,16 +61,20 @@ class Chat:
         the policy has seen and said, plus the new messages, so that all turns are one history.
         """
         turns = sum(isinstance(item, Completion) for item in messages)
-        [completion] = await self.sampler.sample(
-            prompt_ids(_tokenizer(self.sampler), messages, tools),
-            n=1,
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            stop=self.stop,
-            seed=None if self.seed is None else self.seed + turns,
-        )
+        settings: dict[str, Any] = {
+            "n": 1,
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "stop": self.stop,
+            "seed": None if self.seed is None else self.seed + turns,
+        }
+        if isinstance(self.sampler, ChatSampler):
+            [completion] = await self.sampler.sample_chat(messages, tools=tools, **settings)
+        else:
+            ids = prompt_ids(_tokenizer(self.sampler), messages, tools)
+            [completion] = await self.sampler.sample(ids, **settings)
         return completion
 
 

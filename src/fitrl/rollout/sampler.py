@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from fitrl.data.completion import Completion
+from fitrl.data.completion import Completion, Message, Tool
 
 
 @runtime_checkable
@@ -51,3 +51,23 @@ class Sampler(Protocol):
 
     def update(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Answer with these weights from now on."""
+
+
+@runtime_checkable
+class ChatSampler(Sampler, Protocol):
+    """A sampler that takes conversations, for services that render chat templates themselves."""
+
+    async def sample_chat(
+        self,
+        messages: Sequence[Message | Completion],
+        *,
+        tools: list[Tool] | None = None,
+        n: int = 1,
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int | None = None,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+    ) -> list[Completion]:
+        """Sample n completions of one conversation; see `Sampler.sample`."""

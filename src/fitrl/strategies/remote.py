@@ -41,7 +41,7 @@ from fitrl.policy.module import PolicyModule
 from fitrl.protocols.results import ForwardBackwardResult, OptimStepResult, TrainerConfig, TrainerStatus
 from fitrl.protocols.verbs import Scores
 from fitrl.rollout.sampler import Sampler
-from fitrl.strategies.schedules import fast_forward
+from fitrl.strategies.schedules import stand_at
 from fitrl.strategies.session import SessionStrategy
 
 if TYPE_CHECKING:
@@ -183,6 +183,12 @@ class RemoteStrategy(SessionStrategy, SingleDeviceStrategy):
         if str(getattr(trainer.gradient_clip_algorithm, "value", "norm")) != "norm":
             raise InvalidArgumentError(f"{type(self).__name__} clips the gradient's norm only, not its values")
         super().setup(trainer)
+
+    @property
+    @override
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Yes: before it there is no session on the service that could load a state."""
+        return True
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
@@ -410,7 +416,5 @@ class RemoteStrategy(SessionStrategy, SingleDeviceStrategy):
     def _stand_at(self, step: int) -> None:
         """Put step count and schedule where a saved state left them."""
         module = self.policy_module
-        for config in self.lr_scheduler_configs:
-            fast_forward(config.scheduler, step)
-        _compat.set_global_step(module.trainer, step)
+        stand_at(module.trainer, step)
         module.model.step = self.saved_step = step

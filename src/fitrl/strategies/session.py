@@ -7,7 +7,6 @@ trains and saves both in the same way.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
 
 from fitrl import _compat
 from fitrl.data.batch import Batch
@@ -15,6 +14,7 @@ from fitrl.errors import SessionError
 from fitrl.objective.objective import CustomObjective, Objective
 from fitrl.policy.module import PolicyModule
 from fitrl.protocols.results import ForwardBackwardResult, OptimStepResult, TrainerConfig, TrainerStatus
+from fitrl.strategies.schedules import set_base_rate
 from fitrl.strategies.sticky import Sticky
 
 
@@ -52,16 +52,7 @@ class SessionStrategy(Sticky):
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Set the rate that the schedule multiplies; Lightning's scheduler would overwrite a plain `lr`."""
-        for config in self.lr_scheduler_configs:
-            scheduler: Any = config.scheduler
-            scheduler.base_lrs = [learning_rate] * len(scheduler.base_lrs)
-            rates = [
-                base * factor(scheduler.last_epoch)
-                for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-            ]
-            for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
-                group["initial_lr"] = learning_rate
-                group["lr"] = rate
+        set_base_rate(self, learning_rate)
 
     # -- Trains -------------------------------------------------------------------------------------------------
 

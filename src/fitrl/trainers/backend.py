@@ -11,7 +11,7 @@ import threading
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import lightning
 import torch
@@ -26,6 +26,7 @@ from fitrl.objective.objective import ImportanceSamplingLevel
 from fitrl.policy.model import TrainableModel
 from fitrl.protocols.results import TrainResult
 from fitrl.trainers.interrupts import Interrupts, Stop
+from fitrl.trainers.progress import RewardProgressBar
 from fitrl.trainers.settings import naming_the_backend
 
 _R = TypeVar("_R")
@@ -200,6 +201,21 @@ class BackendTrainer(lightning.Trainer):
             raise InvalidArgumentError(
                 f"max_steps={self.max_steps} is exhausted: this call would take {planned} more after {self.global_step}"
             )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def _hold_loggers(self) -> None:
+        """Keep the loggers open from call to call; Lightning would finalise them after each."""
+        _compat.hold_loggers(self)
+
+    def _close_listeners(self) -> None:
+        """Finalise the loggers and give the terminal back."""
+        _compat.release_loggers(self)
+        callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks:
+            if isinstance(callback, RewardProgressBar):
+                callback.close()
 
     def _end_worker(self) -> None:
         """Stop the call of `fit_rl_async` that runs after its optimizer step, and drop those that wait."""

@@ -119,6 +119,10 @@ class RewardProgressBar(ProgressBar):
     def advance(self, metrics: Mapping[str, float]) -> None:
         """Count one call and show its metrics; for calls that had nothing to learn from, which Lightning never sees."""
         self.completed += 1
+        self.show(metrics)
+
+    def show(self, metrics: Mapping[str, float]) -> None:
+        """Show the metrics of a call that is still under way."""
         if self._drawn is not None:
             self._drawn.update(self._line, completed=self.completed, numbers=self.line(metrics))
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import lightning
 from lightning.pytorch.callbacks import Callback
@@ -33,7 +33,6 @@ from fitrl.strategies.session import SessionStrategy
 from fitrl.strategies.verbs import PolicyVerbs
 from fitrl.trainers.backend import BackendTrainer
 from fitrl.trainers.launched import check_processes
-from fitrl.trainers.progress import RewardProgressBar
 
 
 @dataclass(slots=True)
@@ -161,7 +160,7 @@ class SessionTrainer(BackendTrainer):
         except BaseException:
             self._release()
             raise
-        _compat.hold_loggers(self)
+        self._hold_loggers()
         return self.verbs
 
     def sampler(self, model: TrainableModel) -> Sampler:
@@ -208,14 +207,7 @@ class SessionTrainer(BackendTrainer):
         """Tear down and free the device. What was not saved is gone: `fit_rl` saves unless told not to."""
         self._end_worker()
         self._release()
-        _compat.release_loggers(self)
-        callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]
-        for callback in callbacks:
-            if isinstance(callback, RewardProgressBar):
-                callback.close()
-
-    def __enter__(self) -> Self:
-        return self
+        self._close_listeners()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
