@@ -1,8 +1,8 @@
 """From a microbatch to what the service reads, and back: `Datum` objects, and the logprobs that it returns.
 
 A datum is one sequence: `tokens[:-1]` are read, `tokens[1:]` predicted, and every column of the loss has their length,
-0 where nothing is trained. Turns of one trajectory that extend each other become one datum, so that the service computes
-what they have in common once.
+0 where nothing is trained. Turns of one trajectory that extend each other become one datum, so that the service
+computes what they have in common once.
 """
 
 from __future__ import annotations
@@ -52,16 +52,16 @@ class Datums:
     def __init__(self, batch: Batch) -> None:
         if batch.layout == "shared":
             raise UnsupportedError(
-                "a batch with shared prefixes cannot be sent to the service: pack it with layout='packed'; what turns of a "
-                "trajectory have in common is sent once all the same"
+                "a batch with shared prefixes cannot be sent to the service: pack it with layout='packed'; what turns "
+                "of a trajectory have in common is sent once all the same"
             )
         targets = batch.loss_inputs
         trained = targets.mask.bool()
         warm = trained & (targets.temperature != 1.0)
         if bool(warm.any()):
             raise DataError(
-                f"tokens were sampled at temperature {float(targets.temperature[warm][0]):g}: the service's logprobs are "
-                "those of temperature 1, so that is what can be learned from"
+                f"tokens were sampled at temperature {float(targets.temperature[warm][0]):g}: the service's logprobs "
+                "are those of temperature 1, so that is what can be learned from"
             )
         self.size = len(targets.rows)
         self.sequences = _merged(_sequences(batch))

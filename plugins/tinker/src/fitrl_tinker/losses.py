@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -33,6 +34,9 @@ from fitrl_tinker.datums import Datums
 _KNOWN = ("ppo", "epsilon", "epsilon_high", "importance_sampling_level", "loss_aggregation", "norm_length")
 
 
+LossName: TypeAlias = Literal["cispo", "ppo", "gspo", "cross_entropy"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceLoss:
     """A loss as the service is asked for it.
@@ -43,7 +47,7 @@ class ServiceLoss:
         columns: [R] each, by the name of the datum's input.
     """
 
-    name: str
+    name: LossName
     config: dict[str, float] | None
     columns: Mapping[str, Tensor]
 
@@ -62,6 +66,7 @@ def own_loss(batch: Batch, objective: Objective | CustomObjective, datums: Datum
     plain = Objective(**{name: getattr(objective, name) for name in _KNOWN})
     if objective != plain:
         return None
+    name: LossName
     if objective.importance_sampling_level == "token":
         name = "ppo" if objective.ppo else "cispo"
     elif objective.importance_sampling_level == "sequence" and objective.ppo and datums.is_one_each:

@@ -1,4 +1,4 @@
-"""`TinkerSampler`: completions from the service, with token ids, logprobs and the version of the policy that answered."""
+"""`TinkerSampler`: completions from the service, with token ids, logprobs and the version that answered."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ class TinkerSampler:
             UnsupportedError: always; it says what to do.
         """
         raise UnsupportedError(
-            "the service's weights are not sent from here: fit_rl(..., deploy_checkpoint=True) or trainer.deploy(model) "
-            "moves this sampler to new ones"
+            "the service's weights are not sent from here: fit_rl(..., deploy_checkpoint=True) or "
+            "trainer.deploy(model) moves this sampler to new ones"
         )
 
     def close(self) -> None:

@@ -11,8 +11,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from fitrl.errors import InvalidArgumentError
 from fitrl_tinker.credentials import Access
@@ -21,7 +20,6 @@ from fitrl_tinker.errors import ServiceError, ServiceTimeoutError
 if TYPE_CHECKING:
     import tinker
 
-_T = TypeVar("_T")
 _HEALTH_S = 10.0  # how long the service may take to say that it is there
 _CLOSE_S = 10.0
 _HINTS = {
@@ -42,7 +40,6 @@ class Service:
     Args:
         access: where it is, and the key.
         timeout: most seconds that any request may take.
-        metadata: what the service is told about each training run.
     """
 
     def __init__(self, access: Access, timeout: float) -> None:
@@ -61,10 +58,11 @@ class Service:
 
     def create(self, base_model: str, *, rank: int, seed: int, layers: Mapping[str, bool]) -> tinker.TrainingClient:
         """Begin a training run of new adapters on a base model."""
-        return self._client_of(
+        made: tinker.TrainingClient = self._client_of(
             f"create a training run of {base_model!r}",
             lambda client: client.create_lora_training_client(base_model=base_model, rank=rank, seed=seed, **layers),
         )
+        return made
 
     def resume(self, uri: str, *, with_optimizer: bool) -> tinker.TrainingClient:
         """Begin a training run from a saved state."""
@@ -74,14 +72,16 @@ class Service:
                 return client.create_training_client_from_state_with_optimizer(uri)
             return client.create_training_client_from_state(uri)
 
-        return self._client_of(f"load {uri}", make)
+        made: tinker.TrainingClient = self._client_of(f"load {uri}", make)
+        return made
 
     def sampling_client(self, *, base_model: str, path: str | None) -> tinker.SamplingClient:
         """A sampler of saved weights, or of the base model."""
         chosen = {"base_model": base_model} if path is None else {"model_path": path}
-        return self._client_of(
+        made: tinker.SamplingClient = self._client_of(
             f"create a sampler of {path or base_model!r}", lambda client: client.create_sampling_client(**chosen)
         )
+        return made
 
     def context_length(self, base_model: str) -> int | None:
         """Longest sequence of a base model in tokens; None if the service does not tell."""
@@ -124,6 +124,7 @@ class Service:
 
     def close(self) -> None:
         """End the session."""
+        self._said.stop()
         with self._lock:
             client, self._client = self._client, None
         if client is not None:
@@ -161,9 +162,7 @@ class Service:
         """
         try:
             return future.result(timeout=self.timeout)
-        except (TimeoutError, FutureTimeoutError) as error:
-            if getattr(error, "status_code", None) is not None:
-                raise self.explain(request, error) from None
+        except TimeoutError:
             raise self.too_late(request) from None
         except Exception as error:
             raise self.explain(request, error) from self.cause(error)
@@ -181,8 +180,7 @@ class Service:
         if isinstance(error, ServiceError):
             return error
         status = getattr(error, "status_code", None)
-        hint = _HINTS.get(status, "the service failed" if status is not None and status >= 500 else "")
-        code = f" ({status}{': ' + hint if hint else ''})" if status is not None else ""
+        code = "" if status is None else f" ({status}: {_HINTS.get(status, 'the service failed')})"
         text = self.access.without_key(f"{type(error).__name__}: {error}")
         if (cause := error.__cause__) is not None:
             text += f" because of {self.access.without_key(f'{type(cause).__name__}: {cause}')}"
@@ -268,6 +266,10 @@ class _LastWarning(logging.Handler):
     def listen(self) -> None:
         """Hear the SDK; safe to call again."""
         logging.getLogger("tinker").addHandler(self)
+
+    def stop(self) -> None:
+        """Hear no more."""
+        logging.getLogger("tinker").removeHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
         self.text = record.getMessage()

@@ -1,8 +1,8 @@
 """`fitrl_tinker`: Lightning drives, the Tinker service computes.
 
-An optimizer step is its forward_backward requests and one optim_step, submitted together. If their answer does not come,
-nobody knows whether the step was taken: the training run is left alone, and the next request begins another one from the
-newest saved state. So nothing is trained twice, and the step count is that of the state.
+An optimizer step is its forward_backward requests and one optim_step, submitted together. If their answer does not
+come, nobody knows whether the step was taken: the training run is left alone, and the next request begins another one
+from the newest saved state. So nothing is trained twice, and the step count is that of the state.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ class TinkerStrategy(RemoteStrategy):
         self._lora_seed = lora_seed
         self._layers: dict[str, bool] | None = None  # asked for; None: nobody did
         self._note: RunNote | None = None
-        self._forget_run()
+        self._client: tinker.TrainingClient | None = None
+        self._stands_on: TinkerState | None = None  # the newest state that was saved or loaded in this session
+        self._names: dict[str, str] = {}  # of what this run has saved, with the URIs
         self._sampler: TinkerSampler | None = None
         self._context_length: tuple[str, int | None] | None = None
         self._warned = False
@@ -131,8 +133,8 @@ class TinkerStrategy(RemoteStrategy):
         if created and created != dict(layers):
             changed = ", ".join(f"{name}={layers[name]}" for name in LAYERS if layers[name] != created.get(name))
             raise InvalidArgumentError(
-                f"{changed}: this run was created with {created}, and its adapters stay as they are; use another name for "
-                "the model"
+                f"{changed}: this run was created with {created}, and its adapters stay as they are; use another name "
+                "for the model"
             )
         self._layers = dict(layers)
 
@@ -157,9 +159,7 @@ class TinkerStrategy(RemoteStrategy):
         return client
 
     def _forget_run(self) -> None:
-        self._client: Any = None
-        self._stands_on: TinkerState | None = None  # the newest state that was saved or loaded in this session
-        self._names: dict[str, str] = {}  # of what this run has saved, with the URIs
+        self._client, self._stands_on, self._names = None, None, {}
 
     # -- RemoteStrategy -----------------------------------------------------------------------------------------
 

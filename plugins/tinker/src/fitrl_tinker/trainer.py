@@ -142,8 +142,8 @@ class TinkerTrainer(RemoteTrainer):
         """
         if loss_aggregation == "seq_mean_token_sum_norm":
             raise UnsupportedError(
-                "loss_aggregation='seq_mean_token_sum_norm' needs norm_length, which the backend 'tinker' does not take: use "
-                "'seq_mean_token_sum' and a learning rate to match, or LocalTrainer"
+                "loss_aggregation='seq_mean_token_sum_norm' needs norm_length, which the backend 'tinker' does not "
+                "take: use 'seq_mean_token_sum', which differs by that factor, or LocalTrainer"
             )
         settings = UpdateSettings(
             learning_rate=learning_rate,
@@ -210,7 +210,7 @@ class TinkerTrainer(RemoteTrainer):
     def delete_states(
         self, model: TrainableModel, *, best: str | None = None, mode: Literal["max", "min"] = "max"
     ) -> list[TinkerState]:
-        """Delete what the run has saved, but for the newest state, the best by a logged metric, and what is sampled from.
+        """Delete what the run has saved, but for the newest, the best by a logged metric, and what is sampled from.
 
         Args:
             model: whose run.
@@ -245,7 +245,9 @@ def _run_of(uri: str) -> str:
 
 def _best_step(model: TrainableModel, steps: set[int], best: str, mode: str) -> int:
     """The step, of those that have a state, with the best value of a logged metric."""
-    logged = {entry["step"]: entry["metrics"][best] for entry in model.history() if best in entry["metrics"]}
+    logged: dict[int, float] = {
+        entry["step"]: entry["metrics"][best] for entry in model.history() if best in entry["metrics"]
+    }
     values = {step: value for step, value in logged.items() if step in steps and value == value}
     if not values:
         raise InvalidArgumentError(f"best={best!r} was not logged at any step that has a state")
