@@ -44,7 +44,8 @@ class StandIn:
         log: requests as they are submitted, and "wait <request>" when a future is asked for its result.
         created: arguments of every run that was created.
         faults: by request, what the next ones of its kind do: an exception fails the request before it is computed,
-            "lost" computes it and never answers, an exception in a tuple computes it and answers with the exception.
+            "lost" computes it and never answers, an exception in a tuple computes it and answers with the exception,
+            "nan" tells a norm that is none, None lets it pass.
         tells_norm: whether optim_step tells the gradient's norm.
         averages: whether it averages over tokens instead of summing, as a foreign server may.
         context: longest sequence that it says it takes.
@@ -100,6 +101,8 @@ class StandIn:
             return _Answer(self, request, error=error)
         if fault == "lost":
             return _Answer(self, request, error=TimeoutError())
+        if fault == "nan":
+            return _Answer(self, request, value=tinker.OptimStepResponse(metrics={"grad_norm": math.nan}))
         if isinstance(fault, tuple):
             return _Answer(self, request, error=fault[0])
         return _Answer(self, request, value=value)

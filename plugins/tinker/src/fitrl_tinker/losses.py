@@ -101,7 +101,7 @@ def gradient_as_weights(batch: Batch, logprobs: Tensor, objective: Objective | C
 
 
 def is_the_sum(loss: ServiceLoss, logprobs: Tensor, value: float, told: float) -> bool:
-    """Whether the sum that the service told is the one it has to be, up to rounding of logprobs to 16 bits.
+    """Whether the sum that the service told is the one it has to be, up to rounding.
 
     Args:
         loss: as it was asked for.
@@ -113,4 +113,4 @@ def is_the_sum(loss: ServiceLoss, logprobs: Tensor, value: float, told: float) -
     column = loss.columns["weights" if loss.name == "cross_entropy" else "advantages"]
     expected = -float((column * p).sum()) if loss.name == "cross_entropy" else value
     size = float((column.abs() * (1.0 + p.abs())).sum())
-    return abs(told - expected) <= 0.01 * size
+    return abs(told - expected) <= 1e-4 * size

@@ -6,7 +6,6 @@ the service is begun when it is first needed, and anew after `forget`.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import threading
 from collections.abc import Callable, Mapping
@@ -91,7 +90,7 @@ class Service:
                 return rest.get_server_capabilities()
             return self._connected().get_server_capabilities()
 
-        answer: Any = self.call("ask for the models that the service has", ask)
+        answer: Any = self.call("list its models", ask)
         found = [model for model in answer.supported_models if model.model_name == base_model]
         length = getattr(found[0], "max_context_length", None) if found else None
         return None if length is None else int(length)
@@ -231,10 +230,11 @@ class Service:
         """The REST client of newer SDKs, which needs no session; None with an older one."""
         import tinker
 
-        if "api_key" not in inspect.signature(tinker.RestClient.__init__).parameters:
+        kind: Any = getattr(tinker, "RestClient", None)
+        if kind is None:
             return None
         self._check_health()
-        return tinker.RestClient(base_url=self.access.base_url, api_key=self.access.api_key)
+        return kind(base_url=self.access.base_url, api_key=self.access.api_key)
 
     def _any_rest(self) -> Any:
         rest = self._rest()
