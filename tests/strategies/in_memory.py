@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.resources
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from fitrl.data.batch import Batch
 from fitrl.objective.objective import CustomObjective, Objective
-from fitrl.objective.policy_loss import policy_loss
+from fitrl.policy.batch_loss import batch_loss
 from fitrl.strategies.remote import RemoteStep, RemoteStepResult, RemoteStrategy
 
 _SAVED: dict[Path, dict[str, tuple[int, dict, dict | None]]] = {}
@@ -50,16 +50,7 @@ class InMemoryService:
             logits = self.network(inputs.input_ids, position_ids=inputs.position_ids, use_cache=False).logits
             rows = logits.flatten(0, 1)[targets.rows] / targets.temperature[:, None]
             logprobs = rows.log_softmax(-1).gather(1, targets.targets[:, None]).squeeze(1)
-            result = policy_loss(
-                logprobs,
-                targets.old_logprobs,
-                targets.advantages,
-                targets.mask,
-                targets.trajectory_ids,
-                objective,
-                num_tokens=targets.num_tokens,
-                num_sequences=targets.num_sequences,
-            )
+            result = batch_loss(batch, logprobs, objective)
             result.loss.backward()
             losses.append(float(result.loss.detach()))
             metrics.append({name: float(value) for name, value in result.metrics.items()})
@@ -83,8 +74,9 @@ class InMemoryStrategy(RemoteStrategy):
 
     def submit(
         self, microbatches: Sequence[tuple[Batch, Objective | CustomObjective]], step: RemoteStep
-    ) -> RemoteStepResult:
-        return self.service.train(microbatches, step)
+    ) -> Callable[[], RemoteStepResult]:
+        answer = self.service.train(microbatches, step)
+        return lambda: answer
 
     def remote_save(self, name: str, weights_only: bool) -> str:
         service = self.service

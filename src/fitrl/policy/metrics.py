@@ -146,7 +146,8 @@ def derive(raw: Mapping[str, float]) -> dict[str, float]:
         for part in ("train", "policy", "kl", "entropy"):
             if f"loss_{part}" in raw:
                 out[f"loss/{part}"] = raw[f"loss_{part}"] / steps
-        out["loss/grad_norm"] = raw["grad_norm"] / steps
+        if "grad_norm" in raw:  # a service may not tell
+            out["loss/grad_norm"] = raw["grad_norm"] / steps
         out["loss/learning_rate"] = raw["learning_rate"] / steps
     tokens = raw.get("token_count", 0.0)
     if tokens and "ratio_sum" in raw:

@@ -26,6 +26,7 @@ from fitrl.objective.fused_linear import fused_linear_policy_loss
 from fitrl.objective.logprobs import linear_logprobs, logits_logprobs
 from fitrl.objective.objective import CustomObjective, LossInputs, Objective, PolicyLoss
 from fitrl.objective.policy_loss import policy_loss
+from fitrl.policy.batch_loss import loss_inputs
 from fitrl.policy.layers import compile_layers, narrow_frozen_layers, recompute_layers
 from fitrl.policy.loading import load_policy, trained_state
 from fitrl.policy.metrics import CallTotals, mismatch
@@ -81,6 +82,7 @@ class PolicyModule(lightning.LightningModule):
         self.last_grad_norm: Tensor | None = None
         self._broken_at: Tensor | None = None  # the first step whose gradient was not finite; inf: none was
         self.last_loss: PolicyLoss | None = None
+        self.is_exact = True  # whether the running call's objective was computed as it is defined; a service may not
         self.goes_on = False  # whether the next epoch is the rest of a call
         self.is_updating = False  # whether the optimizer is changing the weights
         self.totals = CallTotals()
@@ -141,6 +143,10 @@ class PolicyModule(lightning.LightningModule):
     def compute_loss(self, batch: Batch, objective: Objective | CustomObjective | None = None) -> PolicyLoss:
         """Loss of one microbatch under the objective in force, or another one."""
         objective = self.objective if objective is None else objective
+        if self.placeholder is not None:
+            strategy: Any = self.trainer.strategy
+            told: PolicyLoss = strategy.compute_loss(batch, objective)
+            return told
         targets, policy = batch.loss_inputs, self.policy
         common: dict[str, Any] = {
             "rollout_logprobs": targets.rollout_logprobs,
@@ -173,7 +179,7 @@ class PolicyModule(lightning.LightningModule):
         return PolicyLoss(loss=result.loss, metrics=result.metrics, logprobs=logprobs.detach())
 
     def _custom_inputs(self, batch: Batch, objective: CustomObjective) -> LossInputs:
-        targets, policy = batch.loss_inputs, self.policy
+        policy = self.policy
         outputs: dict[str, Tensor] = {}
         if objective.inputs == "logits":
             outputs["logits"] = self._logit_rows(batch)
@@ -197,19 +203,7 @@ class PolicyModule(lightning.LightningModule):
             raise InvalidArgumentError(
                 f"a custom objective's inputs must be 'logprobs', 'logits' or 'hidden', got {objective.inputs!r}"
             )
-        return LossInputs(
-            targets=targets.targets,
-            old_logprobs=targets.old_logprobs,
-            advantages=targets.advantages,
-            mask=targets.mask,
-            trajectory_ids=targets.trajectory_ids,
-            temperature=targets.temperature,
-            num_tokens=targets.num_tokens,
-            num_sequences=targets.num_sequences,
-            rollout_logprobs=targets.rollout_logprobs,
-            reference_logprobs=targets.reference_logprobs,
-            outputs=outputs,
-        )
+        return loss_inputs(batch, outputs)
 
     @torch.no_grad()
     def score(self, batch: Batch, policy: Policy | None = None) -> Tensor:
@@ -418,6 +412,7 @@ class PolicyModule(lightning.LightningModule):
         """Forget the last call's raw metrics, but for those of a call that is run again from a step in its middle."""
         if not self.goes_on:
             self.totals.reset(self.device, self._data_group)
+            self.is_exact = True
             self._broken_at = None
         if self.clock is not None and "reward/mean" in self.host_metrics:
             # Lightning's bars are drawn for the last time before the end of the epoch, where the others are known
@@ -429,8 +424,11 @@ class PolicyModule(lightning.LightningModule):
         Raises:
             NonFiniteGradientError: a step was taken with a gradient that is not finite.
         """
+        if self.placeholder is not None:
+            strategy: Any = self.trainer.strategy
+            strategy.wait()  # for the last step's answer, before its numbers are told
         self._refuse_non_finite_gradients()
-        self.call_metrics = self.host_metrics | self.totals.compute() | {"objective/exact": 1.0}
+        self.call_metrics = self.host_metrics | self.totals.compute() | {"objective/exact": float(self.is_exact)}
         if self.clock is not None:  # after the totals, which wait for the device
             start, tokens = self.clock
             self.clock = None

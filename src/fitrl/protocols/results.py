@@ -77,7 +77,7 @@ class OptimStepResult:
     Attributes:
         step: completed optimizer steps.
         learning_rate: that the step was taken with.
-        grad_norm: before clipping.
+        grad_norm: before clipping; NaN where a service does not tell.
         accumulated_microbatches: whose gradients the step used.
     """
 

@@ -16,7 +16,9 @@ from fitrl.data.samples import build_samples
 from fitrl.errors import DataError, InvalidArgumentError
 from fitrl.objective.objective import Objective, teaches_without_advantage
 from fitrl.policy.module import PolicyModule
+from fitrl.policy.policy import Policy
 from fitrl.rollout.rollout import Agent, Reward, Task, rollout
+from fitrl.rollout.sampler import Sampler
 from fitrl.rollout.transformers import TransformersSampler
 
 _MAX_FLAT_DRAWS = 10
@@ -97,11 +99,16 @@ class RolloutDataModule(lightning.LightningDataModule):
         lend = getattr(self.trainer.strategy, "lend_weights", None)
         if lend is not None:
             lend()  # where they lie in pieces, each rank samples on its own
-        sampler = TransformersSampler(
-            getattr(self.trainer.strategy, "lent_policy", module.policy),
-            version=step,
-            context=self.trainer.strategy.precision_plugin.forward_context,
-        )
+        strategy: Any = self.trainer.strategy
+        sampler: Sampler
+        if _is_remote(strategy):
+            sampler = strategy.newest_sampler()
+        else:
+            sampler = TransformersSampler(
+                getattr(strategy, "lent_policy", module.policy),
+                version=step,
+                context=strategy.precision_plugin.forward_context,
+            )
         return rollout(
             sampler,
             tasks,
@@ -115,11 +122,12 @@ class RolloutDataModule(lightning.LightningDataModule):
     def batches(self, groups: Sequence[TrajectoryGroup], num_batches: int, *, train: bool) -> list[Batch]:
         """This rank's microbatches of groups; none when nothing in them can teach."""
         module = self._module()
-        policy = module.policy
+        strategy: Any = self.trainer.strategy if self.trainer is not None else None
+        policy = strategy if _is_remote(strategy) else module.policy
         samples = build_samples(
             groups,
             policy.tokenizer,
-            vocabulary_size=policy.vocabulary_size,
+            vocabulary_size=None if _is_remote(strategy) else policy.vocabulary_size,
             scale_rewards=self.scale_rewards,
             advantage_balance=self.advantage_balance,
             max_history_tokens=policy.context_length,
@@ -132,11 +140,8 @@ class RolloutDataModule(lightning.LightningDataModule):
         batches = pack(
             samples.flat,
             num_batches=num_batches * ranks.num_data_ranks(),
-            layout="auto" if policy.can_pack else "padded",
-            share_prefixes=policy.can_share,
-            hidden_size=policy.hidden_size,
-            sparse_attention=policy.skips_hidden_keys,
             measures_mismatch=train,
+            **_layout(None if _is_remote(strategy) else policy),
         )
         fillers = [batches[0].filler() for _ in range(num_batches * ranks.num_data_ranks() - len(batches))]
         return ranks.share_of(batches + fillers)
@@ -190,3 +195,20 @@ class _Rollouts:
             f"{_MAX_FLAT_DRAWS} draws of {data.tasks_per_step} tasks gave only groups whose rewards are all equal: the "
             "tasks are too easy or too hard for this policy, or group_size is too small"
         )
+
+
+def _is_remote(strategy: Any) -> bool:
+    """Whether a strategy's policy lives on a service."""
+    return bool(getattr(strategy, "policy_is_remote", False))
+
+
+def _layout(policy: Policy | None) -> dict[str, Any]:
+    """How `pack` lays out a batch; a service is sent one history after the other."""
+    if policy is None:
+        return {"layout": "packed"}
+    return {
+        "layout": "auto" if policy.can_pack else "padded",
+        "share_prefixes": policy.can_share,
+        "hidden_size": policy.hidden_size,
+        "sparse_attention": policy.skips_hidden_keys,
+    }

@@ -20,12 +20,11 @@ from typing_extensions import override
 from fitrl import _compat
 from fitrl.data import ranks
 from fitrl.data.batch import Batch
-from fitrl.errors import CheckpointError, InvalidArgumentError, NothingAccumulatedError, SessionError
+from fitrl.errors import CheckpointError, InvalidArgumentError, NothingAccumulatedError
 from fitrl.objective.objective import CustomObjective, Objective
 from fitrl.policy import checkpoints, pieces, random_state
 from fitrl.policy.attention import attention_kernels
 from fitrl.policy.loading import load_weights, save_weights, trained_state
-from fitrl.policy.module import PolicyModule
 from fitrl.policy.policy import Policy
 from fitrl.policy.sharding import like, whole
 from fitrl.protocols.results import (
@@ -35,35 +34,17 @@ from fitrl.protocols.results import (
     TrainerConfig,
     TrainerStatus,
 )
-from fitrl.strategies.schedules import fast_forward, set_base_rate
-from fitrl.strategies.sticky import Sticky
+from fitrl.strategies.schedules import fast_forward
+from fitrl.strategies.session import SessionStrategy
 
 
-class PolicyVerbs(Sticky):
+class PolicyVerbs(SessionStrategy):
     """`Trains`, `Scores` and `ExportsWeights` on top of a Lightning strategy that trains in this process."""
 
     ranks_per_data: int = 1
     """Consecutive ranks that work on the same data."""
 
     _accumulated: int = 0
-    saved_step: int | None = None
-
-    @property
-    def has_unsaved_steps(self) -> bool:
-        """Whether steps were taken since the state was last saved under its step, or loaded."""
-        return self.saved_step != self.policy_module.trainer.global_step
-
-    @property
-    def policy_module(self) -> PolicyModule:
-        """The module that is set up.
-
-        Raises:
-            SessionError: none is.
-        """
-        module = self.lightning_module
-        if not isinstance(module, PolicyModule) or not self.is_live:
-            raise SessionError("no model is open: call trainer.open(model) or trainer.fit_rl(model, groups) first")
-        return module
 
     # -- ranks --------------------------------------------------------------------------------------------------
 
@@ -72,20 +53,12 @@ class PolicyVerbs(Sticky):
         super().setup_environment()
         ranks.share_data(self.ranks_per_data)
 
-    # -- the embedded sampler -----------------------------------------------------------------------------------
-
     @property
     def lent_policy(self) -> Policy:
         """What a sampler in this process reads; whole between `lend_weights` and the next step."""
         module: Any = self.lightning_module
         policy: Policy = module.policy
         return policy
-
-    def lend_weights(self) -> None:
-        """Make `lent_policy` whole until the next step; a collective."""
-
-    def take_weights_back(self) -> None:
-        """Make the weights ready for training again; a collective, and nothing if they are."""
 
     # -- Lightning's hooks, counted -----------------------------------------------------------------------------
 
@@ -274,12 +247,8 @@ class PolicyVerbs(Sticky):
         return TrainerStatus(
             step=module.trainer.global_step,
             accumulated_microbatches=self._accumulated,
-            learning_rate=float(_compat.raw_optimizer(self).param_groups[0]["lr"]),
+            learning_rate=self._learning_rate(),
         )
-
-    def set_learning_rate(self, learning_rate: float) -> None:
-        """Set the rate that the schedule multiplies; Lightning's scheduler would overwrite a plain `lr`."""
-        set_base_rate(self, learning_rate)
 
     # -- Scores, ExportsWeights ---------------------------------------------------------------------------------
 

@@ -41,7 +41,7 @@ class LightningFitRLContract(Contract):
         with self.open_trainer(setup, hooks) as trainer:
             is_lightnings = isinstance(trainer, lightning.Trainer)
             assert is_lightnings
-            model = self._model(setup)
+            model = self.model(setup)
             for number in (1, 2, 3):
                 hooks.fired.clear()
                 trainer.fit_rl(model, step_groups(number))
@@ -52,7 +52,7 @@ class LightningFitRLContract(Contract):
         """One row of the result's metrics per call, at its step; the logger is finalized when the trainer closes."""
         rows, setup = Rows(), Setup(folder=folder, lr_schedule=falling)
         with self.open_trainer(setup, LearningRateMonitor("step"), logger=rows) as trainer:
-            model, zero = self._model(setup), trainer.is_global_zero
+            model, zero = self.model(setup), trainer.is_global_zero
             results = [trainer.fit_rl(model, step_groups(seed), learning_rate=1e-3) for seed in (1, 2, 3)]
             logged = rows.having("loss/train")
             assert [row["step"] for row in logged] == [1, 2, 3] and rows.finalized == 0
@@ -72,7 +72,7 @@ class LightningFitRLContract(Contract):
         hooks, setup = Hooks(), Setup(folder=folder)
         hand = ByHand()
         with self.open_trainer(setup, hooks) as trainer:
-            model = self._model(setup)
+            model = self.model(setup)
             for seed in (1, 2, 3):
                 groups = step_groups(seed)
                 metrics = trainer.fit_rl(model, groups, learning_rate=1e-3).metrics
@@ -91,12 +91,12 @@ class LightningFitRLContract(Contract):
         setup, groups = Setup(folder=folder), step_groups(1)
         hooks = Hooks()
         with self.open_trainer(setup, hooks) as trainer:
-            metrics = trainer.fit_rl(self._model(setup), groups, **self.microbatches).metrics
+            metrics = trainer.fit_rl(self.model(setup), groups, **self.microbatches).metrics
             self._compare(metrics, ByHand().learn(samples_of(groups), 0.0))
             assert hooks.fired.count("on_train_batch_end") > 1 and trainer.global_step == 1
             trainer.accumulate_grad_batches = 2
             with pytest.raises(ValueError, match="accumulate_grad_batches"):
-                trainer.fit_rl(self._model(setup), groups)
+                trainer.fit_rl(self.model(setup), groups)
             trainer.accumulate_grad_batches = 1
 
     @pytest.mark.parametrize("hook", ["on_train_start", "on_train_batch_start", "on_before_zero_grad"])
@@ -104,7 +104,7 @@ class LightningFitRLContract(Contract):
         """Before the step its call changes nothing, and callbacks hear of it; the next call goes on."""
         setup, hooks, hand = Setup(folder=folder), Hooks(), ByHand()
         with self.open_trainer(setup, hooks) as trainer:
-            model = self._model(setup)
+            model = self.model(setup)
             self._learn(trainer, model, hand, step_groups(1))
             hooks.raises = hook
             with pytest.raises(ArithmeticError, match="on purpose"):
@@ -115,9 +115,6 @@ class LightningFitRLContract(Contract):
             assert trainer.global_step == 3
 
     # -- what the checks share ----------------------------------------------------------------------------------
-
-    def _model(self, setup: Setup) -> TrainableModel:
-        return TrainableModel("policy", "contract", "tiny", lora=None, root=setup.folder)
 
     def _learn(self, trainer: Any, model: TrainableModel, hand: ByHand, groups: Sequence[TrajectoryGroup]) -> None:
         metrics = trainer.fit_rl(model, groups, learning_rate=1e-3).metrics

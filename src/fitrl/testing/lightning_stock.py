@@ -11,7 +11,6 @@ import pytest
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.strategies import Strategy
 
-from fitrl.policy.model import TrainableModel
 from fitrl.policy.module import PolicyModule
 from fitrl.testing.by_hand import ByHand
 from fitrl.testing.listeners import Hooks, Rows
@@ -38,8 +37,9 @@ class LightningContract(Contract):
 
     def module(self, setup: Setup) -> PolicyModule:
         """The policy as a LightningModule, at its start."""
-        model = TrainableModel("stock", "contract", "tiny", lora=None, root=setup.folder)
-        return PolicyModule(model, learning_rate=setup.learning_rate, lr_schedule=setup.lr_schedule)
+        return PolicyModule(
+            self.model(setup, "stock"), learning_rate=setup.learning_rate, lr_schedule=setup.lr_schedule
+        )
 
     def trainer(self, setup: Setup, *callbacks: Callback, **options: Any) -> lightning.Trainer:
         """A stock trainer with the strategy."""

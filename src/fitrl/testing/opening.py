@@ -24,6 +24,8 @@ from fitrl.data.batch import Batch
 from fitrl.data.groups import TrajectoryGroup
 from fitrl.data.packing import pack
 from fitrl.data.samples import Sample
+from fitrl.policy.loading import LoraSettings
+from fitrl.policy.model import TrainableModel
 from fitrl.testing.by_hand import ByHand
 from fitrl.testing.samples import make_groups, make_samples
 
@@ -74,13 +76,19 @@ class Contract:
 
     Attributes:
         tolerance: relative to numbers computed by hand in float64.
+        lora: of the models; numbers computed by hand are those of full weights, whatever it says.
     """
 
     tolerance: float = 1e-4
+    lora: LoraSettings | None = None
 
     def open_subject(self, setup: Setup) -> AbstractContextManager[Any]:
         """Open the subject at step 0 and close it afterwards; the objective in force is `Objective()`."""
         raise NotImplementedError(f"{type(self).__name__} has to define open_subject(setup)")
+
+    def model(self, setup: Setup, name: str = "policy") -> TrainableModel:
+        """The model to teach; the same run for the same folder and name."""
+        return TrainableModel(name, "contract", "tiny", lora=self.lora, root=setup.folder)
 
     @pytest.fixture
     def folder(self, request: pytest.FixtureRequest, tmp_path: Path) -> Path:

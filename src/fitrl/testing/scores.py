@@ -27,16 +27,18 @@ class ScoresContract(Contract):
 
     Attributes:
         precisions: those that the subject can be opened with.
+        temperatures: those at which it knows logprobs; the last one is mixed with the first.
     """
 
     precisions: ClassVar[Sequence[str]] = tuple(ROUNDING)
+    temperatures: ClassVar[Sequence[float]] = (1.0, 0.7)
 
     @pytest.mark.parametrize("layout", ["padded", "packed"])
     def test_logprobs_are_the_true_ones(self, folder: Any, layout: Layout) -> None:
         """Of the batch's targets in order, at their temperature, whichever way the batch is laid out."""
         samples = make_samples(seed=7, num_trajectories=5)
         for sample in samples[:2]:
-            sample.histories[0].temperature.fill_(0.7)
+            sample.histories[0].temperature.fill_(self.temperatures[-1])
         with self.open_subject(Setup(folder=folder)) as subject:
             assert isinstance(subject, Scores)
             scored = subject.forward(*pack(samples, layout=layout))

@@ -60,10 +60,6 @@ class SupportsFitRLContract(Contract):
     clips: ClassVar[bool] = True
     schedules: ClassVar[bool] = True
 
-    def model(self, setup: Setup, name: str = "policy") -> TrainableModel:
-        """The model to teach; the same run for the same folder and name."""
-        return TrainableModel(name, "contract", "tiny", lora=None, root=setup.folder)
-
     # -- arguments ----------------------------------------------------------------------------------------------
 
     def test_the_common_arguments_are_typed_keywords(self, folder: Any) -> None:

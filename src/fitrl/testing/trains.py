@@ -238,7 +238,8 @@ class TrainsContract(Contract):
         with self.open_subject(Setup(folder=folder)) as subject:
             config = subject.get_config()
             assert config.world_size == ranks.world_size()
-            assert (config.base_model, config.lora_rank, config.gradient_clip_val) == ("tiny", None, None)
+            rank = None if self.lora is None else self.lora.rank
+            assert (config.base_model, config.lora_rank, config.gradient_clip_val) == ("tiny", rank, None)
             subject.forward_backward(microbatches(1)[0])
             step = subject.optim_step()
             assert subject.get_config() == config

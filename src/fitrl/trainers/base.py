@@ -1,4 +1,4 @@
-"""`RLTrainer`: a `lightning.Trainer` that learns from groups; the machinery behind every local `fit_rl`.
+"""`RLTrainer`: a `lightning.Trainer` that learns from groups; the machinery behind `fit_rl`.
 
 One call, in reading order: open the model (resume its newest checkpoint) -> groups to samples -> old and reference
 logprobs -> minibatches and microbatches -> one Lightning epoch -> checkpoint -> result. With several ranks every one
@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 
@@ -26,7 +27,7 @@ from fitrl.errors import (
 )
 from fitrl.policy.model import TrainableModel
 from fitrl.policy.plots import plot_batches
-from fitrl.protocols.results import LocalTrainResult
+from fitrl.protocols.results import LocalTrainResult, TrainResult
 from fitrl.trainers.interrupts import Stop
 from fitrl.trainers.learning_rate import num_trajectories_factor, reward_std_factor
 from fitrl.trainers.memory import halve
@@ -36,17 +37,30 @@ from fitrl.trainers.settings import UpdateSettings
 
 
 class RLTrainer(SessionTrainer):
-    """A trainer that learns in this process or this job's; see `SessionTrainer` for its own arguments."""
+    """A trainer that computes what is learned from groups itself; see `SessionTrainer` for its own arguments."""
 
     def _update(
         self, model: TrainableModel, groups: Iterable[TrajectoryGroup], settings: UpdateSettings
     ) -> LocalTrainResult:
-        """Everything that `fit_rl` does once its arguments are checked."""
+        """Everything that a local `fit_rl` does once its arguments are checked."""
+        result, checkpoint = self._call(model, groups, settings)
+        return LocalTrainResult(
+            step=result.step,
+            metrics=result.metrics,
+            num_optimizer_steps=result.num_optimizer_steps,
+            dropped=result.dropped,
+            checkpoint_path=None if checkpoint is None else Path(checkpoint),
+        )
+
+    def _call(
+        self, model: TrainableModel, groups: Iterable[TrajectoryGroup], settings: UpdateSettings
+    ) -> tuple[TrainResult, str | None]:
+        """Everything that `fit_rl` does once its arguments are checked: what every backend tells, and what it saved."""
         return self._one_call(lambda: self._update_alone(model, list(groups), settings))
 
     def _update_alone(
         self, model: TrainableModel, groups: Sequence[TrajectoryGroup], settings: UpdateSettings
-    ) -> LocalTrainResult:
+    ) -> tuple[TrainResult, str | None]:
         self._check_limits()
         samples = self._collect(model, groups, settings)
         module = self._require_session().module
@@ -67,25 +81,34 @@ class RLTrainer(SessionTrainer):
         stop = self._interrupts.agree()  # once more: it may have come while the checkpoint was written
         if stop is Stop.SIGNALLED:
             self._say_where_to_resume(self._save())
-        result = LocalTrainResult(
+        result = TrainResult(
             step=self.global_step,
             metrics=metrics,
             num_optimizer_steps=self.global_step - before,
             dropped=samples.dropped,
-            checkpoint_path=checkpoint,
         )
         if settings.verbose and self.is_global_zero:
             print(f"{self.backend} {_line(result)}", file=sys.stderr)
-        return result
+        return result, checkpoint
 
     def _collect(self, model: TrainableModel, groups: Sequence[TrajectoryGroup], settings: UpdateSettings) -> SampleSet:
         """Open the model, join the ranks' groups and read them; nothing changes before they are known to be sound."""
         self.open(model)
         if self.verbs.get_status().accumulated_microbatches:
             raise SessionError("gradients of forward_backward are waiting: call optim_step or clear_gradients first")
+        samples = self._read(join_groups(groups), settings)
+        if not samples.full_support and not settings.precalculate_logprobs:
+            raise DataError(
+                "tokens were sampled with top_p < 1 or top_k, so their logprobs are of another distribution than the "
+                "policy's: pass precalculate_logprobs=True, or sample from all tokens"
+            )
+        return samples
+
+    def _read(self, groups: Sequence[TrajectoryGroup], settings: UpdateSettings) -> SampleSet:
+        """Tokens and advantages of the groups, as the open policy reads them."""
         policy = self._require_session().module.policy
-        samples = build_samples(
-            join_groups(groups),
+        return build_samples(
+            groups,
             policy.tokenizer,
             vocabulary_size=policy.vocabulary_size,
             scale_rewards=settings.scale_rewards,
@@ -96,12 +119,10 @@ class RLTrainer(SessionTrainer):
             teaches_without_advantage=settings.teaches_without_advantage,
             train_unsampled=settings.allow_training_without_logprobs,
         )
-        if not samples.full_support and not settings.precalculate_logprobs:
-            raise DataError(
-                "tokens were sampled with top_p < 1 or top_k, so their logprobs are of another distribution than the "
-                "policy's: pass precalculate_logprobs=True, or sample from all tokens"
-            )
-        return samples
+
+    def _plan(self, samples: SampleSet, settings: UpdateSettings) -> Plan:
+        """The microbatches of a call."""
+        return plan_call(samples, settings, self.local_verbs)
 
     def _train(self, samples: SampleSet, settings: UpdateSettings, history: list[tuple[int, float]]) -> None:
         """Plan the call, run it as one epoch, hand the new weights to the sampler; leaves `call_metrics`."""
@@ -109,7 +130,7 @@ class RLTrainer(SessionTrainer):
         module, device = session.module, self.strategy.root_device
         with session.lock:
             start = time.perf_counter()
-            plan = plan_call(samples, settings, self.verbs)
+            plan = self._plan(samples, settings)
             self._check_max_steps(plan.num_steps)
             rate = settings.learning_rate * num_trajectories_factor(
                 samples.num_trajectories, settings.num_trajectories_learning_rate_multiplier_power
@@ -157,13 +178,13 @@ class RLTrainer(SessionTrainer):
                     halve(plan.batches, samples.flat, module, error)
                 module.goes_on = True
                 module.totals.rewind()
-                plan = plan_rest(plan, samples, settings, self.verbs)
+                plan = plan_rest(plan, samples, settings, self.local_verbs)
                 module.host_metrics = samples.metrics | plan.metrics
         finally:
             module.goes_on = module.is_updating = False
 
 
-def _line(result: LocalTrainResult) -> str:
+def _line(result: TrainResult) -> str:
     """What `verbose` prints of a call."""
     shown = ("reward/mean", "loss/train", "loss/grad_norm", "mismatch/kl", "throughput/tokens_per_s")
     numbers = "".join(f"  {key} {result.metrics[key]:.4g}" for key in shown if key in result.metrics)

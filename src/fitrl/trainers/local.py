@@ -19,7 +19,9 @@ from fitrl.objective.objective import (
 from fitrl.policy.model import TrainableModel
 from fitrl.policy.optimizers import AdamWSettings
 from fitrl.protocols.results import LocalTrainResult
+from fitrl.protocols.verbs import PolicyTrainer
 from fitrl.rollout.sampler import Sampler
+from fitrl.strategies.verbs import PolicyVerbs
 from fitrl.trainers.asynchronous import asynchronous
 from fitrl.trainers.base import RLTrainer
 from fitrl.trainers.settings import DEFAULT_CHUNK_SIZE, Reference, UpdateSettings, choose_objective
@@ -199,3 +201,13 @@ class LocalTrainer(RLTrainer):
         return self._update(model, groups, settings)
 
     fit_rl_async = asynchronous(fit_rl)
+
+    @property
+    def verbs(self) -> PolicyVerbs:
+        """The strategy, typed."""
+        return self.local_verbs
+
+    def open(self, model: TrainableModel) -> PolicyTrainer:
+        """Set a model up for training and return all the verbs; see `SessionTrainer.open`."""
+        super().open(model)
+        return self.local_verbs

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning
 from lightning.pytorch.callbacks import Callback
@@ -26,9 +26,10 @@ from fitrl.policy.lock import RunLock
 from fitrl.policy.model import TrainableModel
 from fitrl.policy.module import PolicyModule
 from fitrl.policy.optimizers import AdamWSettings
-from fitrl.protocols.verbs import PolicyTrainer
+from fitrl.protocols.verbs import Trains
 from fitrl.rollout.sampler import Sampler
 from fitrl.rollout.transformers import TransformersSampler
+from fitrl.strategies.session import SessionStrategy
 from fitrl.strategies.verbs import PolicyVerbs
 from fitrl.trainers.backend import BackendTrainer, calling
 from fitrl.trainers.launched import check_processes
@@ -64,6 +65,8 @@ class SessionTrainer(BackendTrainer):
             that was not started with `torchrun` or `srun`, or other `devices` and `num_nodes` than were started.
     """
 
+    strategy_kind: ClassVar[type[Any]] = PolicyVerbs  # what the strategy has to be
+
     def __init__(
         self,
         *,
@@ -80,10 +83,10 @@ class SessionTrainer(BackendTrainer):
         super().__init__(
             strategy=strategy, callbacks=callbacks, enable_model_summary=enable_model_summary, **lightning_options
         )
-        if not isinstance(self.strategy, PolicyVerbs):
+        if not isinstance(self.strategy, self.strategy_kind):
             raise InvalidArgumentError(
-                f"{type(self).__name__} needs a strategy of fitrl, got {type(self.strategy).__name__}: pass "
-                "strategy='fitrl_local'"
+                f"{type(self).__name__} needs a strategy of fitrl, a {self.strategy_kind.__name__}, got "
+                f"{type(self.strategy).__name__}: leave it out, or LocalTrainer(strategy='fitrl_local')"
             )
         check_processes(self)
         if (requeue := _compat.take_requeue_signal(self)) is not None:
@@ -97,12 +100,18 @@ class SessionTrainer(BackendTrainer):
         self._lock: RunLock | None = None
 
     @property
-    def verbs(self) -> PolicyVerbs:
+    def verbs(self) -> SessionStrategy:
         """The strategy, typed."""
+        assert isinstance(self.strategy, SessionStrategy)  # checked at construction
+        return self.strategy
+
+    @property
+    def local_verbs(self) -> PolicyVerbs:
+        """The strategy of a trainer whose weights are in this process."""
         assert isinstance(self.strategy, PolicyVerbs)  # checked at construction
         return self.strategy
 
-    def open(self, model: TrainableModel) -> PolicyTrainer:
+    def open(self, model: TrainableModel) -> Trains:
         """Set a model up for training and return the verbs; `fit_rl` does it by itself.
 
         A model that is open already stays as it is. Another one is saved, if it has unsaved steps, and released
@@ -171,7 +180,7 @@ class SessionTrainer(BackendTrainer):
             raise SamplerError(reason)
         if session.sampler is None:
             session.sampler = TransformersSampler(
-                self.verbs.lent_policy,
+                self.local_verbs.lent_policy,
                 version=self.global_step,
                 context=self.strategy.precision_plugin.forward_context,
                 lock=session.lock,
@@ -258,16 +267,18 @@ class SessionTrainer(BackendTrainer):
             self.verbs.lend_weights()
             session.sampler.update((), self.global_step)
         if self._given_sampler is not None:
-            self._given_sampler.update(self.verbs.named_weights(), self.global_step)
+            self._given_sampler.update(self.local_verbs.named_weights(), self.global_step)
 
-    def _save(self) -> Path | None:
+    def _save(self) -> str | None:
         """Save the open model's step, unless it is saved already; returns where."""
-        if self.verbs.has_unsaved_steps:
-            return Path(self.verbs.save())
-        folder = self._require_session().model.checkpoints_dir / f"{self.global_step:04d}"
-        return folder if folder.is_dir() else None
+        return self.verbs.save() if self.verbs.has_unsaved_steps else self._saved()
 
-    def _say_where_to_resume(self, checkpoint: Path | None) -> None:
+    def _saved(self) -> str | None:
+        """Where the open model's step was saved; None if it was not."""
+        folder = self._require_session().model.checkpoints_dir / f"{self.global_step:04d}"
+        return str(folder) if folder.is_dir() else None
+
+    def _say_where_to_resume(self, checkpoint: str | None) -> None:
         if self.is_global_zero:
             where = f"saved {checkpoint}" if checkpoint is not None else "nothing was learned yet"
             print(

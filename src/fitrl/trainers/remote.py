@@ -1,0 +1,90 @@
+"""`RemoteTrainer`: `fit_rl` where the policy lives on a service; the call is `RLTrainer`'s.
+
+Enters: groups. Leaves: one microbatch per optimizer step, which the strategy submits; the service cuts it as it likes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from fitrl.data.batch import Batch
+from fitrl.data.groups import TrajectoryGroup
+from fitrl.data.packing import deal, pack
+from fitrl.data.samples import SampleSet, build_samples
+from fitrl.errors import DataError
+from fitrl.policy.model import TrainableModel
+from fitrl.rollout.sampler import Sampler
+from fitrl.strategies.remote import RemoteStrategy
+from fitrl.trainers.base import RLTrainer
+from fitrl.trainers.plan import Plan
+from fitrl.trainers.settings import UpdateSettings
+
+
+class RemoteTrainer(RLTrainer):
+    """A trainer whose strategy is a `RemoteStrategy`; subclasses are backends.
+
+    Attributes:
+        temperature: the only one that can be learned from; None: any.
+    """
+
+    strategy_kind: ClassVar[type[Any]] = RemoteStrategy
+    temperature: ClassVar[float | None] = 1.0
+
+    @property
+    def remote_verbs(self) -> RemoteStrategy:
+        """The strategy, typed."""
+        assert isinstance(self.strategy, RemoteStrategy)  # checked at construction
+        return self.strategy
+
+    def sampler(self, model: TrainableModel) -> Sampler:
+        """The service's sampler of a model; see the backend for when it moves to new weights."""
+        self.open(model)
+        return self.remote_verbs.newest_sampler()
+
+    def _publish(self) -> None:
+        """Nothing: the backend says when its sampler moves to new weights."""
+
+    def _saved(self) -> str | None:
+        return self.remote_verbs.newest() if self.global_step else None
+
+    def _read(self, groups: Sequence[TrajectoryGroup], settings: UpdateSettings) -> SampleSet:
+        samples = build_samples(
+            groups,
+            self.remote_verbs.tokenizer,
+            scale_rewards=settings.scale_rewards,
+            advantage_balance=settings.advantage_balance,
+            max_history_tokens=self.remote_verbs.context_length,
+            teaches_without_advantage=settings.teaches_without_advantage,
+        )
+        if not samples.full_support:
+            raise DataError(
+                f"tokens were sampled with top_p < 1 or top_k, and the backend {self.backend!r} cannot recompute their "
+                "logprobs: sample from all tokens, or train with LocalTrainer and precalculate_logprobs=True"
+            )
+        for sample in samples.flat:
+            for history in sample.histories:
+                temperatures = set(history.temperature[history.mask].tolist())
+                if self.temperature is not None and temperatures - {self.temperature}:
+                    raise DataError(
+                        f"tokens were sampled with temperature {sorted(temperatures)}, and the backend "
+                        f"{self.backend!r} knows their probabilities at {self.temperature} only: sample with "
+                        f"temperature={self.temperature}, or train with LocalTrainer"
+                    )
+        return samples
+
+    def _plan(self, samples: SampleSet, settings: UpdateSettings) -> Plan:
+        first_step = self.global_step
+        batches: list[Batch] = []
+        for epoch in range(settings.num_epochs):
+            for indices in deal(
+                len(samples.groups), settings.num_minibatches, seed=settings.seed, step=first_step, epoch=epoch
+            ):
+                batches += pack(
+                    [sample for index in indices for sample in samples.groups[index]],
+                    layout="packed",
+                    skip_zero_advantage=settings.skips_zero_advantage,
+                    measures_mismatch=not batches,
+                )
+        counts = [(batch.num_input_tokens, batch.num_positions, batch.num_tokens_saved) for batch in batches]
+        return Plan(batches=batches, accumulate=1, first_step=first_step, kl_mean=None, counts=counts)
