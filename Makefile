@@ -4,13 +4,24 @@ VENV := .venv
 BIN := $(VENV)/bin
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test test-vllm lint setup clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fitrl demo
 
 test: $(VENV)/.installed-test lint
 	$(BIN)/python -m pytest
+
+# the real engine on a CPU, in an environment of its own (3.5 GB): its pins differ from ours
+test-vllm: plugins/vllm/.venv/.installed
+	plugins/vllm/.venv/bin/python -m pytest plugins/vllm/tests
+
+plugins/vllm/.venv/.installed: plugins/vllm/requirements-cpu.txt plugins/vllm/pyproject.toml pyproject.toml
+	$(PYTHON) -m venv plugins/vllm/.venv
+	plugins/vllm/.venv/bin/python -m pip install --quiet --requirement plugins/vllm/requirements-cpu.txt
+	plugins/vllm/.venv/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec # break beside a CPU torch
+	plugins/vllm/.venv/bin/python -m pip install --quiet --editable . --editable 'plugins/vllm[test]'
+	touch $@
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -32,4 +43,4 @@ $(VENV)/.installed-test: $(VENV)/.installed $(PLUGINS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .fitrl .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) plugins/*/.venv .fitrl .mypy_cache .ruff_cache .pytest_cache .hypothesis

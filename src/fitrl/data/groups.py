@@ -56,6 +56,18 @@ class TokenHistory:
     def __len__(self) -> int:
         return self.token_ids.numel()
 
+    @classmethod
+    def all_trained(cls, token_ids: Sequence[int]) -> TokenHistory:
+        """Token ids that nobody sampled, all but the first to be predicted at temperature 1: to score them, say."""
+        tokens = torch.tensor(list(token_ids))
+        return cls(
+            token_ids=tokens,
+            mask=torch.arange(len(tokens)) > 0,
+            logprobs=torch.zeros(len(tokens)),
+            temperature=torch.ones(len(tokens)),
+            versions=torch.zeros_like(tokens),
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
         return {

@@ -34,7 +34,7 @@ def probe(policy: Policy) -> None:
     network = policy.network
     was_training = network.training
     network.eval()
-    histories = [_all_trained(ids) for ids in ([1, 5, 3, 2, 4, 1], [1, 5, 3, 4, 2])]
+    histories = [TokenHistory.all_trained(ids) for ids in ([1, 5, 3, 2, 4, 1], [1, 5, 3, 4, 2])]
     try:
         with _narrow_windows(policy.causal_lm):
             keep_soft_caps(policy.causal_lm)
@@ -64,17 +64,6 @@ def probe(policy: Policy) -> None:
         _log.info(
             "%s: sequences with a common prefix are not kept apart, so each holds its own", type(network).__name__
         )
-
-
-def _all_trained(ids: list[int]) -> TokenHistory:
-    tokens = torch.tensor(ids)
-    return TokenHistory(
-        token_ids=tokens,
-        mask=torch.arange(len(ids)) > 0,
-        logprobs=torch.zeros(len(ids)),
-        temperature=torch.ones(len(ids)),
-        versions=torch.zeros_like(tokens),
-    )
 
 
 @contextmanager

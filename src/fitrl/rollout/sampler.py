@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
 from fitrl.data.completion import Completion, Message, Tool
+
+Score: TypeAlias = Callable[[Sequence[int]], Tensor]
+"""The trainer's own logprobs [T - 1] float32 of the token ids [T] behind the first; with several ranks a collective."""
 
 
 @runtime_checkable
@@ -71,3 +74,22 @@ class ChatSampler(Sampler, Protocol):
         seed: int | None = None,
     ) -> list[Completion]:
         """Sample n completions of one conversation; see `Sampler.sample`."""
+
+
+@runtime_checkable
+class ProvesWeights(Protocol):
+    """A sampler that computes elsewhere, and proves which weights answer there; takes the place of `update`."""
+
+    def update_proven(self, weights: Iterable[tuple[str, Tensor]], version: int, score: Score) -> None:
+        """Answer with these weights from now on, and compare what they say there with what they say here.
+
+        With several ranks every one drains the weights and asks for the same scores.
+
+        Args:
+            weights: names and whole tensors, as for `update`.
+            version: policy version; the sampler's own changes only once it is proven.
+            score: the trainer's logprobs of a probe.
+
+        Raises:
+            SamplerError: other weights answer.
+        """

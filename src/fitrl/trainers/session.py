@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -17,9 +17,13 @@ from typing import Any, ClassVar
 import lightning
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import Strategy
+from torch import Tensor
 
 from fitrl import _compat
 from fitrl.data import ranks
+from fitrl.data.groups import TokenHistory
+from fitrl.data.packing import pack
+from fitrl.data.samples import Sample
 from fitrl.errors import InvalidArgumentError, SamplerError, SessionError
 from fitrl.policy.checkpoints import tidy
 from fitrl.policy.lock import RunLock
@@ -27,7 +31,7 @@ from fitrl.policy.model import TrainableModel
 from fitrl.policy.module import PolicyModule
 from fitrl.policy.optimizers import AdamWSettings
 from fitrl.protocols.verbs import Trains
-from fitrl.rollout.sampler import Sampler
+from fitrl.rollout.sampler import ProvesWeights, Sampler
 from fitrl.rollout.transformers import TransformersSampler
 from fitrl.strategies.session import SessionStrategy
 from fitrl.strategies.verbs import PolicyVerbs
@@ -266,8 +270,18 @@ class SessionTrainer(BackendTrainer):
         if session.sampler is not None:
             self.verbs.lend_weights()
             session.sampler.update((), self.global_step)
-        if self._given_sampler is not None:
-            self._given_sampler.update(self.local_verbs.named_weights(), self.global_step)
+        given = self._given_sampler
+        if isinstance(given, ProvesWeights):
+            given.update_proven(self.local_verbs.named_weights(), self.global_step, self._score)
+        elif given is not None:
+            given.update(self.local_verbs.named_weights(), self.global_step)
+
+    def _score(self, token_ids: Sequence[int]) -> Tensor:
+        """Logprobs [T - 1] of token ids [T], as they are trained on."""
+        history = TokenHistory.all_trained(token_ids)
+        can_pack = self._require_session().module.policy.can_pack
+        [batch] = pack([Sample(histories=[history], advantage=0.0)], layout="packed" if can_pack else "padded")
+        return self.local_verbs.forward(batch).logprobs
 
     def _save(self) -> str | None:
         """Save the open model's step, unless it is saved already; returns where."""

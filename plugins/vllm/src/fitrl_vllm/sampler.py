@@ -1,0 +1,443 @@
+"""`VLLMSampler`: fitrl's sampler on a vLLM engine.
+
+All talk with the engine happens on one event loop, on a thread of the sampler's own, whichever loop asks. New weights
+wait until no completion is under way, and completions wait until the new weights are proven, so each has one version.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from fitrl import Completion, TrainableModel, load_tokenizer
+from fitrl.data import ranks
+from fitrl.errors import InvalidArgumentError, SamplerError
+from fitrl.rollout.sampler import Score
+from fitrl_vllm.engine import Answer, Engine, Request
+from fitrl_vllm.errors import EngineDiedError, EngineError, StaleWeightsError
+from fitrl_vllm.http import ServerEngine
+from fitrl_vllm.server import VLLMServer
+from fitrl_vllm.weights import remove, write_adapter, write_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_T = TypeVar("_T")
+_PROBE = (
+    "A policy is a map from what was said to what is said next. The probability of each next word, given all words "
+    "before it, is what the trainer changes and what the engine has to answer with: 1 + 2 = 3, and 17 * 4 = 68."
+)
+_PROBE_TOKENS = 64
+_MOVED = 1e-3  # nats; an engine in bfloat16 answers otherwise, by some bit of 63 numbers, after such a step
+_REVIVALS = 3
+_PAUSE_S = 1.0
+
+
+@dataclass(slots=True, kw_only=True)
+class _Served:
+    """Weights that the engine was handed.
+
+    Attributes:
+        folder: where they were written; a restarted engine takes them from there.
+        trainers: [T - 1] float32 logprobs of the probe, by the trainer; None: it was not asked.
+        engines: the same, by the engine; None until it was proven.
+    """
+
+    folder: Path
+    trainers: Tensor | None
+    engines: Tensor | None = None
+
+
+class VLLMSampler:
+    """Sample with vLLM; `LocalTrainer(sampler=VLLMSampler(...))` keeps it at the trainer's weights.
+
+    Adapters are exchanged in place. Full weights are written to a folder in buckets, which the engine loads.
+    After each exchange the logprobs of a fixed text are compared with the trainer's, because engines have been seen to
+    accept weights and keep old ones: `version` changes only if they agree. Until then, and after an exchange that
+    failed, nothing is sampled.
+
+    With several ranks each makes one, for the same engine; rank 0's hands over the weights.
+
+    Args:
+        model: what is trained; its base model is what the engine was started with, and gives the tokenizer.
+        engine: a server's URL, a server that we run ourselves (and start again, with the newest weights, if it dies),
+            or an engine in this process.
+        timeout_s: longest wait for one answer of a server, and of an exchange for completions under way.
+        tolerance: most that trainer and engine may differ in the mean over the probe's tokens, in nats. 0.05 fits
+            bfloat16; float32 on both sides agrees to 1e-4.
+        transfer_dir: where weights are handed over: the engine has to see the same folder. None: a temporary one,
+            which a memory file system (`/dev/shm`) makes faster.
+        api_key: of the server.
+
+    Raises:
+        InvalidArgumentError: an argument out of range.
+    """
+
+    def __init__(
+        self,
+        model: TrainableModel,
+        engine: str | VLLMServer | Engine,
+        *,
+        timeout_s: float = 600.0,
+        tolerance: float = 0.05,
+        transfer_dir: str | Path | None = None,
+        api_key: str | None = None,
+    ) -> None:
+        for name, value in (("timeout_s", timeout_s), ("tolerance", tolerance)):
+            if not 0 < value < float("inf"):
+                raise InvalidArgumentError(f"{name} must be a positive number, got {value}")
+        if api_key is not None and not isinstance(engine, str | VLLMServer):
+            raise InvalidArgumentError("api_key is a server's; an engine in this process has none")
+        self.model = model
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(model.base_model)
+        self.timeout_s = timeout_s
+        self.tolerance = tolerance
+        self.engine: Engine = (
+            ServerEngine(engine, timeout_s=timeout_s, api_key=api_key)
+            if isinstance(engine, str | VLLMServer)
+            else engine
+        )
+        probe = list(self.tokenizer(_PROBE, add_special_tokens=False)["input_ids"])
+        self.probe_ids: list[int] = [int(token) for token in probe[:_PROBE_TOKENS]]
+        self._folders = tempfile.TemporaryDirectory(prefix="fitrl-vllm-", dir=transfer_dir)
+        self._version = 0
+        self._served: _Served | None = None
+        self._broken: str | None = None
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self._loop = asyncio.new_event_loop()
+        self._open = asyncio.Event()  # completions may start
+        self._open.set()
+        self._idle = asyncio.Event()  # none is under way
+        self._idle.set()
+        self._under_way = 0
+        self._reviving = asyncio.Lock()
+        self._revivals = 0
+        self._tells_temperature: bool | None = None
+        self._asleep = False
+
+    @property
+    def version(self) -> int:
+        """Policy version of the weights that were proven last."""
+        return self._version
+
+    @property
+    def is_open(self) -> bool:
+        """Whether completions start at once, and do not wait for an exchange of weights or for `wake`."""
+        return self._open.is_set()
+
+    async def sample(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        n: int = 1,
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int | None = None,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+    ) -> list[Completion]:
+        """Sample n completions of one prompt, see `fitrl.Sampler`.
+
+        Raises:
+            InvalidArgumentError: an argument out of range.
+            EngineError: the engine refused, is gone, or tells logprobs of another distribution.
+            EngineTimeoutError: it did not answer in time.
+            StaleWeightsError: the last exchange of weights failed.
+        """
+        request = _checked(prompt_ids, n, max_new_tokens, temperature, top_p, top_k, stop, seed)
+        return await asyncio.wrap_future(self.spawn(self._sample(request)))
+
+    def update(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Take weights from a trainer that cannot be asked for scores: that they answer is not proven then."""
+        self._exchange(weights, version, None)
+
+    def update_proven(self, weights: Iterable[tuple[str, Tensor]], version: int, score: Score) -> None:
+        """Take weights, and prove that they answer; see `fitrl.rollout.sampler.ProvesWeights`.
+
+        Raises:
+            StaleWeightsError: other weights answer.
+        """
+        self._exchange(weights, version, score)
+
+    def sleep(self) -> None:
+        """Give the device's memory to a trainer that shares it; completions wait until `wake`."""
+        self._wait_for(self._sleep())
+
+    def wake(self) -> None:
+        """Take the memory back and go on."""
+        self._wait_for(self._wake())
+
+    def close(self) -> None:
+        """End the thread and close connections; a server stays, whoever started it ends it."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._thread is not None:
+            asyncio.run_coroutine_threadsafe(self.engine.aclose(), self._loop).result()
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+        self._loop.close()
+        self._folders.cleanup()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # -- completions --------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[int]:
+        """The version that answers while the block runs; on the sampler's loop."""
+        await self._open.wait()
+        if self._broken is not None:
+            raise StaleWeightsError(self._broken)
+        self._under_way += 1
+        self._idle.clear()
+        try:
+            yield self._version
+        finally:
+            self._under_way -= 1
+            if not self._under_way:
+                self._idle.set()
+
+    async def _sample(self, request: Request) -> list[Completion]:
+        async with self.turn() as version:
+            if request.temperature not in (0.0, 1.0) or request.top_p < 1.0 or request.top_k is not None:
+                await self._check_logprobs()
+            answers = await self.surviving(lambda: self.engine.complete(request, adapter=self.has_adapter))
+        if len(answers) != request.n or any(len(item.token_ids) != len(item.logprobs) for item in answers):
+            raise EngineError(
+                f"the engine answered with {len(answers)} completions instead of {request.n}, or cut ones"
+            )
+        return [self._completion(request, answer, version) for answer in answers]
+
+    def _completion(self, request: Request, answer: Answer, version: int) -> Completion:
+        greedy = request.temperature == 0.0
+        return Completion(
+            message={"role": "assistant", "content": answer.text},
+            token_ids=answer.token_ids,
+            logprobs=tuple(0.0 for _ in answer.logprobs) if greedy else answer.logprobs,  # a greedy choice is certain
+            temperature=request.temperature,
+            prompt_ids=request.prompt_ids,
+            finish_reason=answer.finish_reason,
+            version=version,
+            full_support=request.top_p == 1.0 and request.top_k is None,
+        )
+
+    async def _check_logprobs(self) -> None:
+        """Find out, once, whether logprobs are of the distribution sampled from; by default vLLM's are not."""
+        if self._tells_temperature is None:
+            prompt = tuple(self.probe_ids)
+            hot = Request(
+                prompt_ids=prompt, n=1, max_new_tokens=1, temperature=2.0, top_p=1.0, top_k=None, stop=(), seed=1
+            )
+            [answer] = await self.surviving(lambda: self.engine.complete(hot, adapter=False))
+            ids = [*prompt, *answer.token_ids]
+            plain = await self.surviving(lambda: self.engine.score(ids, adapter=False))
+            self._tells_temperature = abs(answer.logprobs[0] - plain[-1]) > 1e-6
+        if not self._tells_temperature:
+            raise EngineError(
+                "the engine tells logprobs of another distribution than it samples from at this temperature, top_p or "
+                "top_k: start it with --logprobs-mode processed_logprobs"
+            )
+
+    async def surviving(self, ask: Callable[[], Awaitable[_T]]) -> _T:
+        """Ask; an engine that died on it is brought back, with the newest weights, and asked again."""
+        for _ in range(_REVIVALS):
+            seen = self._revivals
+            try:
+                return await ask()
+            except EngineDiedError as error:
+                await self._revive(seen, error)
+        raise EngineError(f"the engine died {_REVIVALS} times on one request")
+
+    async def _revive(self, seen: int, error: EngineDiedError) -> None:
+        async with self._reviving:
+            if self._revivals == seen:
+                try:
+                    if not await self.engine.revive(is_dead=error.is_certain):
+                        raise EngineError(f"the engine is gone: {error}") from error
+                    if self._served is not None:
+                        await self._load(self._served.folder)
+                        self._prove(self._served.trainers, await self._said())
+                except EngineDiedError:
+                    await asyncio.sleep(_PAUSE_S)  # it was about to die; the next request finds it dead
+                except StaleWeightsError as stale:
+                    self._broken = str(stale)
+                    raise
+                else:
+                    self._revivals += 1
+            elif self._broken is not None:  # another request has seen to it
+                raise StaleWeightsError(self._broken)
+
+    # -- weights ------------------------------------------------------------------------------------------------
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter answers, and not the base model."""
+        return self.model.lora is not None and self._served is not None
+
+    def _exchange(self, weights: Iterable[tuple[str, Tensor]], version: int, score: Score | None) -> None:
+        folder = Path(self._folders.name) / f"{version:06d}-{secrets.token_hex(4)}"
+        failure: Exception | None = None
+        if ranks.rank() == 0:
+            if self.model.lora is not None:
+                write_adapter(folder, weights, self.model.lora)
+            else:
+                write_model(folder, weights)
+        else:
+            for _ in weights:  # a collective: every rank drains it
+                pass
+        trainers = score(self.probe_ids).float().cpu() if score is not None else None
+        try:
+            if ranks.rank() == 0:
+                self._wait_for(self._take(folder, trainers, version))
+        except Exception as error:
+            failure = error
+        ranks.settle(failure)
+        self._version = version
+
+    async def _take(self, folder: Path, trainers: Tensor | None, version: int) -> None:
+        """Load weights while nothing is sampled, and prove them; they are the newest then."""
+        self._open.clear()
+        before = self._served
+        try:
+            if self._asleep:
+                await self.engine.wake()
+                self._asleep = False
+            try:
+                await asyncio.wait_for(self._idle.wait(), self.timeout_s)
+            except TimeoutError as error:
+                raise EngineError(
+                    f"{self._under_way} completions were still under way after {self.timeout_s:g} s"
+                ) from error
+            self._broken = f"version {version} of the weights was handed over and not proven; hand over newer ones"
+            self._served = _Served(folder=folder, trainers=trainers)  # for an engine that dies on it
+            await self.surviving(lambda: self._load(folder))
+            said = await self.surviving(self._said)
+            if before is not None and before.engines is not None and torch.equal(said, before.engines):
+                _must_have_stayed(before.trainers, trainers, version)
+            self._prove(trainers, said)
+            self._served.engines = said
+            self._broken = None
+            self._version = version
+            if before is not None:
+                remove(before.folder)
+        finally:
+            self._open.set()
+
+    async def _load(self, folder: Path) -> None:
+        if self.model.lora is not None:
+            await self.engine.load_adapter(folder)
+        else:
+            await self.engine.load_weights(folder)
+
+    async def _said(self) -> Tensor:
+        """[T - 1] float32 logprobs of the probe, by the engine."""
+        return torch.tensor(await self.engine.score(self.probe_ids, adapter=self.has_adapter))
+
+    def _prove(self, trainers: Tensor | None, said: Tensor) -> None:
+        """Compare what trainer and engine say of the probe."""
+        if trainers is None:
+            return
+        difference = float((said - trainers).abs().mean())
+        if not difference <= self.tolerance:
+            raise StaleWeightsError(
+                f"the engine's logprobs differ from the trainer's by {difference:.2g} in the mean, "
+                f"tolerance={self.tolerance:g}: it answers with other weights, or in another precision"
+            )
+
+    async def _sleep(self) -> None:
+        self._open.clear()
+        await self._idle.wait()
+        await self.engine.sleep()
+        self._asleep = True
+
+    async def _wake(self) -> None:
+        await self.engine.wake()
+        self._asleep = False
+        self._open.set()
+
+    # -- the loop -----------------------------------------------------------------------------------------------
+
+    def _running(self) -> asyncio.AbstractEventLoop:
+        if self._closed:
+            raise SamplerError("this sampler was closed")
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._loop.run_forever, name="fitrl-vllm", daemon=True)
+            self._thread.start()
+        return self._loop
+
+    def spawn(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:
+        """Run something on the sampler's own event loop."""
+        return asyncio.run_coroutine_threadsafe(work, self._running())
+
+    def _wait_for(self, work: Coroutine[Any, Any, _T]) -> _T:
+        waiting = self.spawn(work)
+        try:
+            return waiting.result()
+        except BaseException:  # Ctrl-C among it
+            waiting.cancel()
+            raise
+
+
+def _must_have_stayed(before: Tensor | None, after: Tensor | None, version: int) -> None:
+    """Notice an engine that did not move, where the trainer's step was smaller than the tolerance."""
+    if before is None or after is None:
+        return
+    moved = float((after - before).abs().max())
+    if moved > _MOVED:
+        raise StaleWeightsError(
+            f"the trainer's logprobs moved by up to {moved:.2g} to version {version}, the engine's did not at all: it "
+            "answers with old weights"
+        )
+
+
+def _checked(
+    prompt_ids: Sequence[int],
+    n: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int | None,
+    stop: Sequence[str],
+    seed: int | None,
+) -> Request:
+    if not len(prompt_ids):
+        raise InvalidArgumentError("prompt_ids is empty: a completion needs at least one token before it")
+    if isinstance(stop, str) or not isinstance(stop, Sequence) or not all(stop):
+        raise InvalidArgumentError(f"stop must be a list of strings that are not empty, got {stop!r}")
+    for name, value in (("n", n), ("max_new_tokens", max_new_tokens)):
+        if value < 1:
+            raise InvalidArgumentError(f"{name} must be at least 1, got {value}")
+    if not 0.0 <= temperature < float("inf"):
+        raise InvalidArgumentError(f"temperature must be a finite number of at least 0, got {temperature}")
+    if not 0.0 < top_p <= 1.0:
+        raise InvalidArgumentError(f"top_p must be in (0, 1], got {top_p}")
+    if top_k is not None and top_k < 1:
+        raise InvalidArgumentError(f"top_k must be at least 1 or None, got {top_k}")
+    return Request(
+        prompt_ids=tuple(int(token) for token in prompt_ids),
+        n=n,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        stop=tuple(stop),
+        seed=None if seed is None else seed % 2**63,
+    )

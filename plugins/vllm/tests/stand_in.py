@@ -1,0 +1,196 @@
+"""A stand-in for vLLM's server: its HTTP API, as 0.32 answers, over transformers. It can be told to misbehave."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+import uvicorn
+from peft import PeftModel
+from safetensors.torch import load_file
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+class StandIn:
+    """Serves a folder's model on the loopback.
+
+    Attributes:
+        keeps_old_weights: answers that it took new ones, and did not; as some engines do.
+        tells_raw_logprobs: of the distribution before temperature, which is vLLM's default.
+        holds: completions wait while it is cleared.
+        drops: so many next completions end with the connection.
+        requests: every path and body that was asked, in order.
+    """
+
+    context = 512
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+        self.adapter: Any = None
+        self.keeps_old_weights = False
+        self.tells_raw_logprobs = False
+        self.holds = asyncio.Event()
+        self.holds.set()
+        self.drops = 0
+        self.requests: list[tuple[str, Any]] = []
+        self._socket: socket.socket | None = None
+
+    def __enter__(self) -> StandIn:
+        self._socket = socket.create_server(("127.0.0.1", 0), backlog=512)
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        paths = {
+            "/v1/completions": self._completions,
+            "/v1/chat/completions": self._chat,
+            "/v1/load_lora_adapter": self._load_adapter,
+            "/collective_rpc": self._reload,
+            "/reset_prefix_cache": self._done,
+            "/sleep": self._done,
+            "/wake_up": self._done,
+        }
+        routes = [Route(path, self._kept(answer), methods=["POST"]) for path, answer in paths.items()]
+        routes += [Route("/v1/models", self._models), Route("/health", self._health)]
+        config = uvicorn.Config(Starlette(routes=routes), log_level="critical", lifespan="off")
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=lambda: self._server.run(sockets=[self._socket]), name="stand-in")
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.holds.set()
+        self._server.should_exit = True
+        self._thread.join()
+        self._socket.close()
+
+    def asked(self, path: str) -> list[Any]:
+        """Bodies of what was asked there."""
+        return [body for asked, body in self.requests if asked == path]
+
+    def _kept(self, answer: Any) -> Any:
+        async def keep(request: Request) -> Any:
+            body = await request.json() if await request.body() else None
+            self.requests.append((request.url.path, body))
+            return await answer(body)
+
+        return keep
+
+    async def _models(self, request: Request) -> JSONResponse:
+        cards = [{"id": "the-base", "parent": None, "max_model_len": self.context}]
+        return JSONResponse({"data": cards + [{"id": "policy", "parent": "the-base"}] * (self.adapter is not None)})
+
+    async def _health(self, request: Request) -> PlainTextResponse:
+        return PlainTextResponse("")
+
+    async def _done(self, body: Any) -> JSONResponse:
+        return JSONResponse({"success": True})
+
+    async def _load_adapter(self, body: Any) -> Any:
+        assert body["load_inplace"] and body["lora_name"] == "policy"
+        if not self.keeps_old_weights:
+            base = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float64)
+            self.adapter = PeftModel.from_pretrained(base, body["lora_path"]).eval()
+        return PlainTextResponse("Success")  # as vLLM: no JSON
+
+    async def _reload(self, body: Any) -> JSONResponse:
+        assert body["method"] == "reload_weights"
+        if not self.keeps_old_weights:
+            state: dict[str, Any] = {}
+            for file in sorted(Path(body["kwargs"]["weights_path"]).glob("*.safetensors")):
+                state |= load_file(file)
+            self.base.load_state_dict(state, strict=False)
+        return JSONResponse({"results": [None]})
+
+    @torch.no_grad()
+    def _logits(self, model: str, ids: list[int]) -> torch.Tensor:
+        network = self.base if model == "the-base" else self.adapter
+        return network(torch.tensor([ids])).logits[0]
+
+    def _sample(
+        self, body: dict[str, Any], ids: list[int], seed: int | None, most: int
+    ) -> tuple[list[int], list[float]]:
+        generator = torch.Generator()
+        generator.seed() if seed is None else generator.manual_seed(seed)
+        said: list[int] = []
+        logprobs: list[float] = []
+        while len(said) < most and (not said or said[-1] != self.tokenizer.eos_token_id):
+            raw = self._logits(body["model"], ids + said)[-1]
+            logits = raw / body["temperature"] if body["temperature"] else raw
+            if body["top_k"]:
+                logits = logits.masked_fill(logits < logits.topk(body["top_k"]).values[-1], -torch.inf)
+            likely = logits.softmax(-1)
+            token = int(torch.multinomial(likely, 1, generator=generator) if body["temperature"] else likely.argmax())
+            said.append(token)
+            logprobs.append(float((raw if self.tells_raw_logprobs else logits).log_softmax(-1)[token]))
+        return said, logprobs
+
+    async def _completions(self, body: dict[str, Any]) -> Response:
+        await self.holds.wait()
+        ids = body["prompt"]
+        if self.drops and "prompt_logprobs" not in body:
+            self.drops -= 1
+            return StreamingResponse(_cut_off(), headers={"content-length": "100"})
+        if len(ids) + body["max_tokens"] > self.context:
+            return JSONResponse({"error": {"message": "too long"}}, status_code=400)
+        if "prompt_logprobs" in body:
+            logprobs = self._logits(body["model"], ids).log_softmax(-1)
+            found = [
+                {str(token): {"logprob": float(row[token])}} for token, row in zip(ids[1:], logprobs, strict=False)
+            ]
+            return JSONResponse({"choices": [{"index": 0, "prompt_logprobs": [None, *found]}]})
+        choices = []
+        for index in range(body["n"]):
+            seed = None if body["seed"] is None else body["seed"] + index
+            said, logprobs = self._sample(body, ids, seed, body["max_tokens"])
+            text, reason = self.tokenizer.decode(said, skip_special_tokens=True), "length"
+            if said[-1] == self.tokenizer.eos_token_id:
+                reason = "stop"
+            choices.append(
+                {
+                    "index": index,
+                    "text": text,
+                    "finish_reason": reason,
+                    "token_ids": said,
+                    "logprobs": {"token_logprobs": logprobs},
+                }
+            )
+        return JSONResponse({"choices": choices[::-1]})
+
+    async def _chat(self, body: dict[str, Any]) -> JSONResponse:
+        ids = self.tokenizer.apply_chat_template(
+            body["messages"], tools=body.get("tools"), add_generation_prompt=True, return_dict=False
+        )
+        said, logprobs = self._sample(body, list(ids), body.get("seed"), body.get("max_tokens", 8))
+        text = self.tokenizer.decode(said, skip_special_tokens=True)
+        content = [{"token": f"token_id:{token}", "logprob": p} for token, p in zip(said, logprobs, strict=True)]
+        return JSONResponse(
+            {
+                "id": "chat",
+                "object": "chat.completion",
+                "created": 0,
+                "model": body["model"],
+                "prompt_token_ids": list(ids),
+                "choices": [
+                    {
+                        "index": 0,
+                        "message": {"role": "assistant", "content": text, "tool_calls": [], "refusal": None},
+                        "finish_reason": "stop",
+                        "token_ids": said,
+                        "logprobs": {"content": content},
+                    }
+                ],
+            }
+        )
+
+
+async def _cut_off() -> Any:
+    yield b"{"
+    raise ConnectionAbortedError

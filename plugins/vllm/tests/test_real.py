@@ -1,0 +1,199 @@
+"""The real engine on a CPU: run by `make test-vllm`, in the environment that has vLLM."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import openai
+import psutil
+import pytest
+from test_sampler import CPU, by_transformers
+
+import fitrl
+from fitrl_vllm import EngineError, InProcessEngine, Recorder, StaleWeightsError, VLLMSampler, VLLMServer
+
+pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
+pytestmark = pytest.mark.slow
+
+LORA = fitrl.LoraSettings(rank=8)
+PROMPT = [72, 101, 108, 108, 111]
+SMALL = ["--enforce-eager", "--dtype", "float32", "--max-num-seqs", "64", "--max-model-len", "256"]
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+
+
+@contextmanager
+def serving(folder: Path, log: Path, lora: fitrl.LoraSettings | None = None) -> Iterator[VLLMServer]:
+    server = VLLMServer(folder, lora=lora, python=sys.executable, arguments=SMALL, environment=ENVIRONMENT, log=log)
+    with server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def tied_server(tied, tmp_path_factory) -> Iterator[VLLMServer]:
+    with serving(tied, tmp_path_factory.mktemp("tied-log") / "log") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def lora_server(untied, tmp_path_factory) -> Iterator[VLLMServer]:
+    with serving(untied, tmp_path_factory.mktemp("lora-log") / "log", LORA) as server:
+        yield server
+
+
+def low(task, trajectory) -> float:
+    said = trajectory.completions()[-1].token_ids
+    return sum(token < 128 for token in said) / len(said)
+
+
+def model_of(folder: Path, root: Path, lora: fitrl.LoraSettings | None = None) -> fitrl.TrainableModel:
+    return fitrl.TrainableModel("small", "tests", str(folder), lora=lora, root=root)
+
+
+def learn(trainer: fitrl.LocalTrainer, model: fitrl.TrainableModel, steps: int, rate: float) -> list[float]:
+    rewards = []
+    for step in range(steps):
+        groups = fitrl.rollout(
+            trainer.sampler(model), ["a", "b"], reward=low, group_size=16, max_new_tokens=6, seed=step
+        )
+        result = trainer.fit_rl(model, groups, learning_rate=rate, save_checkpoint=False)
+        assert trainer.sampler(model).version == result.step == step + 1
+        assert abs(result.metrics["mismatch/kl"]) < 1e-5
+        rewards.append(result.metrics["reward/mean"])
+    return rewards
+
+
+def test_logprobs_are_transformers(untied, lora_server, tmp_path) -> None:
+    with VLLMSampler(model_of(untied, tmp_path, LORA), lora_server, tolerance=1e-4) as sampler:
+        said = asyncio.run(sampler.sample(PROMPT, n=4, max_new_tokens=12, temperature=0.7, seed=3))
+        cut = asyncio.run(sampler.sample(PROMPT, n=2, max_new_tokens=12, top_k=4, top_p=0.9, seed=3))
+        assert said == asyncio.run(sampler.sample(PROMPT, n=4, max_new_tokens=12, temperature=0.7, seed=3))
+    assert len({item.token_ids for item in said}) == 4
+    for item in said:
+        expected = by_transformers(untied, PROMPT, list(item.token_ids), 0.7)
+        assert item.logprobs == pytest.approx(expected, abs=1e-4)
+    assert not any(item.full_support for item in cut)
+
+
+def test_adapters_learn_and_are_exchanged_at_each_step(untied, lora_server, tmp_path) -> None:
+    model = model_of(untied, tmp_path, LORA)
+    with (
+        VLLMSampler(model, lora_server, tolerance=1e-4) as sampler,
+        fitrl.LocalTrainer(**CPU, sampler=sampler) as trainer,
+    ):
+        rewards = learn(trainer, model, 20, 1e-2)
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.2
+
+
+def test_an_openai_agent_is_recorded(untied, lora_server, tmp_path) -> None:
+    async def attempt() -> fitrl.Trajectory:
+        recording = recorder.record()
+        async with openai.AsyncOpenAI(base_url=recording.base_url, api_key="-", max_retries=0) as client:
+            messages = [{"role": "user", "content": "hello"}]
+            for _ in range(2):
+                answer = await client.chat.completions.create(model="m", messages=messages, max_tokens=5)
+                messages += [answer.choices[0].message.model_dump(), {"role": "user", "content": "and?"}]
+        return recording.trajectory()
+
+    model = model_of(untied, tmp_path, LORA)
+    with VLLMSampler(model, lora_server, tolerance=1e-4) as sampler, Recorder(sampler) as recorder:
+        trajectory = asyncio.run(attempt())
+    assert len(trajectory.completions()) == 2
+    for item in trajectory.completions():
+        expected = by_transformers(untied, item.prompt_ids, list(item.token_ids))
+        assert item.logprobs == pytest.approx(expected, abs=1e-4)
+
+
+def test_full_weights_with_tied_embeddings(tied, tied_server, tmp_path) -> None:
+    model = model_of(tied, tmp_path)
+    with (
+        VLLMSampler(model, tied_server, tolerance=1e-4) as sampler,
+        fitrl.LocalTrainer(**CPU, sampler=sampler) as trainer,
+    ):
+        rewards = learn(trainer, model, 8, 3e-3)
+    assert rewards[-1] > rewards[0]
+
+
+def test_an_engine_that_keeps_its_old_head_is_noticed(tied, tied_server, tmp_path) -> None:
+    """vLLM's own `reload_weights` on a CPU, as a server that we did not start has it."""
+    model = model_of(tied, tmp_path)
+    with (
+        VLLMSampler(model, tied_server.url, tolerance=1e-4) as sampler,
+        fitrl.LocalTrainer(**CPU, sampler=sampler) as trainer,
+        pytest.raises(StaleWeightsError),
+    ):
+        learn(trainer, model, 2, 3e-3)
+
+
+def test_an_engine_that_is_killed_in_mid_rollout_comes_back_with_the_newest_weights(
+    tied, tied_server, tmp_path
+) -> None:
+    model = model_of(tied, tmp_path)
+    starts = tied_server.num_starts
+
+    def kill_once(task, trajectory) -> float:
+        if tied_server.num_starts == starts and not killed:
+            killed.append(True)
+            [engine] = [
+                process
+                for process in psutil.Process().children(recursive=True)
+                if "EngineCore" in " ".join(process.cmdline())
+            ]
+            os.kill(engine.pid, signal.SIGKILL)
+        return low(task, trajectory)
+
+    killed: list[bool] = []
+    with (
+        VLLMSampler(model, tied_server, tolerance=1e-4) as sampler,
+        fitrl.LocalTrainer(**CPU, sampler=sampler) as trainer,
+    ):
+        learn(trainer, model, 1, 3e-3)
+        groups = fitrl.rollout(
+            trainer.sampler(model),
+            list("abcdefgh"),
+            reward=kill_once,
+            group_size=8,
+            max_new_tokens=12,
+            max_concurrency=8,
+        )
+        assert killed and tied_server.num_starts == starts + 1
+        assert [len(group.trajectories) for group in groups] == [8] * 8  # none lost, none doubled
+        assert {item.version for group in groups for one in group.trajectories for item in one.completions()} == {1}
+        result = trainer.fit_rl(model, groups, save_checkpoint=False)
+        assert abs(result.metrics["mismatch/kl"]) < 1e-5  # also of those from before the kill
+
+
+def test_a_server_that_cannot_start_says_why(tmp_path) -> None:
+    (tmp_path / "empty").mkdir()
+    server = VLLMServer(tmp_path / "empty", arguments=SMALL, environment=ENVIRONMENT, log=tmp_path / "log")
+    with pytest.raises(EngineError, match="ended with status"):
+        server.start()
+
+
+def test_an_engine_in_this_process(untied, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    import vllm
+
+    llm = vllm.LLM(
+        str(untied),
+        enforce_eager=True,
+        dtype="float32",
+        max_model_len=256,
+        max_num_seqs=64,
+        logprobs_mode="processed_logprobs",
+    )
+    model = model_of(untied, tmp_path)
+    try:
+        with (
+            VLLMSampler(model, InProcessEngine(llm), tolerance=1e-4) as sampler,
+            fitrl.LocalTrainer(**CPU, sampler=sampler) as trainer,
+        ):
+            learn(trainer, model, 3, 3e-3)
+    finally:
+        llm.llm_engine.engine_core.shutdown()

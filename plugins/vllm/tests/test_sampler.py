@@ -1,0 +1,231 @@
+"""The sampler, against a stand-in for vLLM's server."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import fitrl
+from fitrl.errors import InvalidArgumentError, SamplerError
+from fitrl.rollout.sampler import ProvesWeights
+from fitrl_vllm import EngineError, EngineTimeoutError, StaleWeightsError, VLLMSampler
+
+PROMPT = [72, 101, 108, 108, 111]
+CPU = {"accelerator": "cpu", "devices": 1, "enable_model_summary": False}
+LORA = fitrl.LoraSettings(rank=4)
+
+
+def reward(task, trajectory) -> float:
+    return float(trajectory.completions()[-1].token_ids[0] % 2)
+
+
+@pytest.fixture
+def model(untied, tmp_path) -> fitrl.TrainableModel:
+    return fitrl.TrainableModel("small", "tests", str(untied), lora=None, root=tmp_path)
+
+
+@pytest.fixture
+def adapted(untied, tmp_path) -> fitrl.TrainableModel:
+    return fitrl.TrainableModel("small", "tests", str(untied), lora=LORA, root=tmp_path)
+
+
+@pytest.fixture
+def sampler(model, server):
+    with VLLMSampler(model, server.url, tolerance=1e-4, timeout_s=20) as sampler:
+        yield sampler
+
+
+def by_transformers(folder, prompt, said, temperature=1.0) -> list[float]:
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    with torch.no_grad():
+        logits = network(torch.tensor([[*prompt, *said]])).logits[0, len(prompt) - 1 : -1]
+    return (logits / temperature).log_softmax(-1).gather(1, torch.tensor(said)[:, None]).squeeze(1).tolist()
+
+
+def test_is_a_sampler_that_proves_its_weights(sampler) -> None:
+    assert isinstance(sampler, fitrl.Sampler) and isinstance(sampler, ProvesWeights)
+    assert fitrl.discovery.sampler_class("vllm") is VLLMSampler
+
+
+def test_completions_have_the_ids_and_logprobs_of_what_was_sampled(sampler, server, untied) -> None:
+    said = asyncio.run(sampler.sample(PROMPT, n=3, max_new_tokens=6, temperature=0.7, seed=5))
+    again = asyncio.run(sampler.sample(PROMPT, n=3, max_new_tokens=6, temperature=0.7, seed=5))
+    assert [item.token_ids for item in said] == [item.token_ids for item in again]
+    assert len({item.token_ids for item in said}) == 3
+    for item in said:
+        assert item.prompt_ids == tuple(PROMPT) and item.temperature == 0.7 and item.version == 0 and item.full_support
+        expected = by_transformers(untied, PROMPT, list(item.token_ids), 0.7)
+        assert item.logprobs == pytest.approx(expected, abs=1e-6)
+    asked = [body for body in server.asked("/v1/completions") if body.get("n") == 3]
+    assert len(asked) == 2 and asked[0]["prompt"] == PROMPT  # one request for n completions, by ids
+
+
+def test_what_changes_the_support_is_said(sampler) -> None:
+    [item] = asyncio.run(sampler.sample(PROMPT, max_new_tokens=2, top_k=3))
+    assert not item.full_support
+    [item] = asyncio.run(sampler.sample(PROMPT, max_new_tokens=2, temperature=0.0))
+    assert item.logprobs == (0.0,) * len(item.token_ids)
+
+
+def test_a_completion_ends_where_the_context_does(sampler, server) -> None:
+    [item] = asyncio.run(sampler.sample(PROMPT * 102, max_new_tokens=50))
+    assert len(item.token_ids) <= 2
+    with pytest.raises(InvalidArgumentError, match="515 tokens, the engine's context is 512"):
+        asyncio.run(sampler.sample(PROMPT * 103))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"n": 0}, {"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": math.inf}, {"top_p": 0.0}, {"top_k": 0}]
+    + [{"stop": "x"}, {"stop": [""]}],
+)
+def test_arguments_out_of_range(wrong, sampler) -> None:
+    with pytest.raises(InvalidArgumentError, match=next(iter(wrong))):
+        asyncio.run(sampler.sample(PROMPT, **wrong))
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.5}, {"top_k": 2}])
+def test_logprobs_from_before_the_temperature_are_refused(settings, sampler, server) -> None:
+    server.tells_raw_logprobs = True
+    with pytest.raises(EngineError, match="processed_logprobs"):
+        asyncio.run(sampler.sample(PROMPT, max_new_tokens=2, **settings))
+    asyncio.run(sampler.sample(PROMPT, max_new_tokens=2))  # the same at temperature 1
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_training_and_sampling_agree_over_steps(lora, untied, server, tmp_path) -> None:
+    model = fitrl.TrainableModel("small", "tests", str(untied), lora=lora, root=tmp_path)
+    with (
+        VLLMSampler(model, server.url, tolerance=1e-4) as sampler,
+        fitrl.LocalTrainer(**CPU, sampler=sampler) as trainer,
+    ):
+        for step in range(3):
+            groups = fitrl.rollout(
+                trainer.sampler(model), ["a", "b"], reward=reward, group_size=6, max_new_tokens=6, seed=step
+            )
+            result = trainer.fit_rl(model, groups, learning_rate=1e-2, save_checkpoint=False)
+            assert result.step == sampler.version == step + 1
+            assert abs(result.metrics["mismatch/kl"]) < 1e-6
+            assert {item.version for group in groups for item in group.trajectories[0].completions()} == {step}
+    folders = [body["lora_path"] for body in server.asked("/v1/load_lora_adapter")]
+    assert len(set(folders)) == len(folders) == (4 if lora else 0)  # never twice: prompts may be cached under a path
+    assert len(server.asked("/reset_prefix_cache")) == (0 if lora else 4)
+
+
+def test_an_engine_that_keeps_old_weights_is_noticed(model, sampler, server) -> None:
+    with fitrl.LocalTrainer(**CPU, sampler=sampler) as trainer:
+        groups = fitrl.rollout(trainer.sampler(model), ["a"], reward=reward, group_size=8, max_new_tokens=8, seed=1)
+        server.keeps_old_weights = True
+        with pytest.raises(StaleWeightsError, match="the engine's did not at all"):
+            trainer.fit_rl(model, groups, learning_rate=1e-2, save_checkpoint=False)
+        assert sampler.version == 0
+        with pytest.raises(StaleWeightsError, match="version 1 of the weights was handed over and not proven"):
+            asyncio.run(sampler.sample(PROMPT))
+        server.keeps_old_weights = False
+        groups = [fitrl.TrajectoryGroup(group.trajectories) for group in groups]
+        trainer.fit_rl(model, groups, learning_rate=1e-2, save_checkpoint=False)
+        assert sampler.version == 2
+        [item] = asyncio.run(sampler.sample(PROMPT))
+        assert item.version == 2
+
+
+def test_an_engine_with_other_weights_is_noticed_when_the_model_is_opened(model, sampler, server) -> None:
+    with torch.no_grad():
+        server.base.lm_head.weight += 0.01 * torch.randn_like(server.base.lm_head.weight)
+    server.keeps_old_weights = True
+    with (
+        fitrl.LocalTrainer(**CPU, sampler=sampler) as trainer,
+        pytest.raises(StaleWeightsError, match="differ from the trainer's by"),
+    ):
+        trainer.open(model)
+
+
+def test_a_connection_that_breaks_is_survived(sampler, server) -> None:
+    server.drops = 2
+    said = asyncio.run(sampler.sample(PROMPT, max_new_tokens=4, seed=1))
+    assert said == asyncio.run(sampler.sample(PROMPT, max_new_tokens=4, seed=1))
+    server.drops = 3
+    with pytest.raises(EngineError, match="3 times"):
+        asyncio.run(sampler.sample(PROMPT, max_new_tokens=4, seed=1))
+
+
+def test_an_engine_that_came_back_is_handed_the_newest_weights(model, sampler, server) -> None:
+    """Somebody's server that was started anew has the base model's."""
+    base = {name: tensor.clone() for name, tensor in server.base.state_dict().items()}
+    with fitrl.LocalTrainer(**CPU, sampler=sampler) as trainer:
+        groups = fitrl.rollout(trainer.sampler(model), ["a"], reward=reward, group_size=8, max_new_tokens=8, seed=1)
+        trainer.fit_rl(model, groups, learning_rate=1e-2, save_checkpoint=False)
+        before = asyncio.run(sampler.sample(PROMPT, max_new_tokens=4, seed=1))
+        server.base.load_state_dict(base)
+        server.drops = 1
+        assert asyncio.run(sampler.sample(PROMPT, max_new_tokens=4, seed=1)) == before
+        server.base.load_state_dict(base)
+        server.keeps_old_weights, server.drops = True, 1
+        with pytest.raises(StaleWeightsError):
+            asyncio.run(sampler.sample(PROMPT, max_new_tokens=4, seed=1))
+        with pytest.raises(StaleWeightsError):  # and nothing is sampled from it afterwards
+            asyncio.run(sampler.sample(PROMPT, max_new_tokens=4, seed=1))
+
+
+def test_a_slow_engine_is_a_timeout_that_says_so(model, server) -> None:
+    with VLLMSampler(model, server.url, timeout_s=0.3) as sampler:
+        server.holds.clear()
+        with pytest.raises(EngineTimeoutError, match="/v1/completions did not answer within 0.3 s"):
+            asyncio.run(sampler.sample(PROMPT))
+        server.holds.set()
+
+
+def test_no_engine_at_all_is_an_error(model) -> None:
+    with (
+        VLLMSampler(model, "http://127.0.0.1:9", timeout_s=0.3) as sampler,
+        pytest.raises(EngineError, match="is gone"),
+    ):
+        asyncio.run(sampler.sample(PROMPT))
+
+
+def test_new_weights_wait_for_completions_under_way(model, sampler, server) -> None:
+    """So each completion has one version."""
+    with fitrl.LocalTrainer(**CPU, sampler=sampler) as trainer:
+        groups = fitrl.rollout(trainer.sampler(model), ["a"], reward=reward, group_size=8, max_new_tokens=8, seed=1)
+
+        async def meanwhile() -> list[fitrl.Completion]:
+            server.holds.clear()
+            asked = len(server.requests)
+            under_way = asyncio.create_task(sampler.sample(PROMPT, max_new_tokens=4))
+            while len(server.requests) == asked:
+                await asyncio.sleep(0)
+            training = asyncio.create_task(trainer.fit_rl_async(model, groups, save_checkpoint=False))
+            while sampler.is_open:
+                await asyncio.sleep(0)
+            later = asyncio.create_task(sampler.sample(PROMPT, max_new_tokens=4))
+            assert not server.asked("/collective_rpc")[1:] and sampler.version == 0
+            server.holds.set()
+            await training
+            return [*await under_way, *await later]
+
+        assert [item.version for item in asyncio.run(meanwhile())] == [0, 1]
+
+
+def test_a_closed_sampler_says_so(model, server) -> None:
+    sampler = VLLMSampler(model, server.url)
+    sampler.close()
+    sampler.close()
+    with pytest.raises(SamplerError, match="closed"):
+        asyncio.run(sampler.sample(PROMPT))
+
+
+def test_sleeping_engines_wake_for_new_weights(model, sampler, server) -> None:
+    with fitrl.LocalTrainer(**CPU, sampler=sampler) as trainer:
+        groups = fitrl.rollout(trainer.sampler(model), ["a"], reward=reward, group_size=8, max_new_tokens=8, seed=1)
+        sampler.sleep()
+        trainer.fit_rl(model, groups, save_checkpoint=False)
+        asyncio.run(sampler.sample(PROMPT))
+        paths = [path for path, _ in server.requests]
+        assert paths.index("/sleep") < paths.index("/wake_up") < len(paths) - paths[::-1].index("/collective_rpc")
+        sampler.sleep()
+        sampler.wake()
+        asyncio.run(sampler.sample(PROMPT))
