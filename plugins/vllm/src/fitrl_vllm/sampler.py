@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import secrets
 import tempfile
-import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
@@ -22,11 +21,12 @@ from torch import Tensor
 
 from fitrl import Completion, TrainableModel, load_tokenizer
 from fitrl.data import ranks
-from fitrl.errors import InvalidArgumentError, SamplerError
+from fitrl.errors import InvalidArgumentError
 from fitrl.rollout.sampler import Score
 from fitrl_vllm.engine import Answer, Engine, Request
 from fitrl_vllm.errors import EngineDiedError, EngineError, StaleWeightsError
 from fitrl_vllm.http import ServerEngine
+from fitrl_vllm.own_loop import OwnLoop
 from fitrl_vllm.server import VLLMServer
 from fitrl_vllm.weights import remove, write_adapter, write_model
 
@@ -114,9 +114,7 @@ class VLLMSampler:
         self._version = 0
         self._served: _Served | None = None
         self._broken: str | None = None
-        self._thread: threading.Thread | None = None
-        self._closed = False
-        self._loop = asyncio.new_event_loop()
+        self._loop = OwnLoop("fitrl-vllm")
         self._open = asyncio.Event()  # completions may start
         self._open.set()
         self._idle = asyncio.Event()  # none is under way
@@ -157,8 +155,19 @@ class VLLMSampler:
             EngineTimeoutError: it did not answer in time.
             StaleWeightsError: the last exchange of weights failed.
         """
-        request = _checked(prompt_ids, n, max_new_tokens, temperature, top_p, top_k, stop, seed)
-        return await asyncio.wrap_future(self.spawn(self._sample(request)))
+        if isinstance(stop, str) or not isinstance(stop, Sequence):
+            raise InvalidArgumentError(f"stop must be a list of strings, got {stop!r}")
+        request = Request(
+            prompt_ids=tuple(int(token) for token in prompt_ids),
+            n=n,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            stop=tuple(stop),
+            seed=None if seed is None else seed % 2**63,
+        )
+        return await asyncio.wrap_future(self._loop.spawn(self._sample(request)))
 
     def update(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Take weights from a trainer that cannot be asked for scores: that they answer is not proven then."""
@@ -174,22 +183,15 @@ class VLLMSampler:
 
     def sleep(self) -> None:
         """Give the device's memory to a trainer that shares it; completions wait until `wake`."""
-        self._wait_for(self._sleep())
+        self._loop.wait_for(self._sleep())
 
     def wake(self) -> None:
         """Take the memory back and go on."""
-        self._wait_for(self._wake())
+        self._loop.wait_for(self._wake())
 
     def close(self) -> None:
         """End the thread and close connections; a server stays, whoever started it ends it."""
-        if self._closed:
-            return
-        self._closed = True
-        if self._thread is not None:
-            asyncio.run_coroutine_threadsafe(self.engine.aclose(), self._loop).result()
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-        self._loop.close()
+        self._loop.close(self.engine.aclose)
         self._folders.cleanup()
 
     def __enter__(self) -> Self:
@@ -256,6 +258,10 @@ class VLLMSampler:
                 "top_k: start it with --logprobs-mode processed_logprobs"
             )
 
+    def spawn(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:
+        """Run something on the sampler's own event loop."""
+        return self._loop.spawn(work)
+
     async def surviving(self, ask: Callable[[], Awaitable[_T]]) -> _T:
         """Ask; an engine that died on it is brought back, with the newest weights, and asked again."""
         for _ in range(_REVIVALS):
@@ -306,7 +312,7 @@ class VLLMSampler:
         trainers = score(self.probe_ids).float().cpu() if score is not None else None
         try:
             if ranks.rank() == 0:
-                self._wait_for(self._take(folder, trainers, version))
+                self._loop.wait_for(self._take(folder, trainers, version))
         except Exception as error:
             failure = error
         ranks.settle(failure)
@@ -373,28 +379,6 @@ class VLLMSampler:
         self._asleep = False
         self._open.set()
 
-    # -- the loop -----------------------------------------------------------------------------------------------
-
-    def _running(self) -> asyncio.AbstractEventLoop:
-        if self._closed:
-            raise SamplerError("this sampler was closed")
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._loop.run_forever, name="fitrl-vllm", daemon=True)
-            self._thread.start()
-        return self._loop
-
-    def spawn(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:
-        """Run something on the sampler's own event loop."""
-        return asyncio.run_coroutine_threadsafe(work, self._running())
-
-    def _wait_for(self, work: Coroutine[Any, Any, _T]) -> _T:
-        waiting = self.spawn(work)
-        try:
-            return waiting.result()
-        except BaseException:  # Ctrl-C among it
-            waiting.cancel()
-            raise
-
 
 def _must_have_stayed(before: Tensor | None, after: Tensor | None, version: int) -> None:
     """Notice an engine that did not move, where the trainer's step was smaller than the tolerance."""
@@ -406,38 +390,3 @@ def _must_have_stayed(before: Tensor | None, after: Tensor | None, version: int)
             f"the trainer's logprobs moved by up to {moved:.2g} to version {version}, the engine's did not at all: it "
             "answers with old weights"
         )
-
-
-def _checked(
-    prompt_ids: Sequence[int],
-    n: int,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int | None,
-    stop: Sequence[str],
-    seed: int | None,
-) -> Request:
-    if not len(prompt_ids):
-        raise InvalidArgumentError("prompt_ids is empty: a completion needs at least one token before it")
-    if isinstance(stop, str) or not isinstance(stop, Sequence) or not all(stop):
-        raise InvalidArgumentError(f"stop must be a list of strings that are not empty, got {stop!r}")
-    for name, value in (("n", n), ("max_new_tokens", max_new_tokens)):
-        if value < 1:
-            raise InvalidArgumentError(f"{name} must be at least 1, got {value}")
-    if not 0.0 <= temperature < float("inf"):
-        raise InvalidArgumentError(f"temperature must be a finite number of at least 0, got {temperature}")
-    if not 0.0 < top_p <= 1.0:
-        raise InvalidArgumentError(f"top_p must be in (0, 1], got {top_p}")
-    if top_k is not None and top_k < 1:
-        raise InvalidArgumentError(f"top_k must be at least 1 or None, got {top_k}")
-    return Request(
-        prompt_ids=tuple(int(token) for token in prompt_ids),
-        n=n,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        stop=tuple(stop),
-        seed=None if seed is None else seed % 2**63,
-    )
