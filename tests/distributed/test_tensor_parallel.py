@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import fitrl
 from distributed.launch import HERE, environment, torchrun
 from distributed.tensor_parallel_worker import CASES, LORA
-from fitrl.errors import UnsupportedError
+from fitrl.errors import InvalidArgumentError, UnsupportedError
 from fitrl.policy.tensor_parallel import parallelize
+from fitrl.strategies.fsdp2 import FSDP2Strategy
 from samples import make_groups
 
 RANKS = ("two.0", "two.1")
@@ -226,3 +227,10 @@ def test_other_architectures_and_sizes_are_refused(tiny_policy) -> None:
             parallelize(tiny_policy, FakeMesh(2))  # type: ignore[arg-type]
     finally:
         config.model_type = before
+
+
+def test_a_size_that_does_not_divide_the_ranks_is_refused() -> None:
+    strategy = FSDP2Strategy(tensor_parallel_size=2)
+    strategy.parallel_devices, strategy.num_nodes = [torch.device("cpu")] * 3, 1
+    with pytest.raises(InvalidArgumentError, match="tensor_parallel_size=2 does not divide the 3 ranks"):
+        strategy.setup_environment()
