@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import fitrl
-from distributed.launch import HERE, environment, torchrun
+from distributed.launch import outputs, standalone, start, torchrun
 from distributed.tensor_parallel_worker import CASES, LORA
-from fitrl.errors import UnsupportedError
+from fitrl.errors import InvalidArgumentError, UnsupportedError
 from fitrl.policy.tensor_parallel import parallelize
+from fitrl.strategies.fsdp2 import FSDP2Strategy
 from samples import make_groups
 
 RANKS = ("two.0", "two.1")
@@ -58,16 +58,8 @@ def llama(tmp_path_factory) -> str:
 def seen(tmp_path_factory, llama) -> dict[str, Any]:
     """What one process and each of two ranks saw, all from one run of each."""
     folder = tmp_path_factory.mktemp("tp")
-    alone = subprocess.run(
-        [sys.executable, str(HERE / "tensor_parallel_worker.py"), str(folder / "one"), llama],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert alone.returncode == 0, alone.stderr
-    ranks = torchrun("tensor_parallel_worker.py", str(folder / "two"), llama)
-    assert ranks.returncode == 0, ranks.stderr
+    alone = start([sys.executable], "tensor_parallel_worker.py", str(folder / "one"), llama)
+    outputs(alone, start(standalone(2), "tensor_parallel_worker.py", str(folder / "two"), llama), timeout=400.0)
     return {name: json.loads((folder / name).read_text()) for name in ("one", *RANKS)} | {"folder": folder}
 
 
@@ -226,3 +218,10 @@ def test_other_architectures_and_sizes_are_refused(tiny_policy) -> None:
             parallelize(tiny_policy, FakeMesh(2))  # type: ignore[arg-type]
     finally:
         config.model_type = before
+
+
+def test_a_size_that_does_not_divide_the_ranks_is_refused() -> None:
+    strategy = FSDP2Strategy(tensor_parallel_size=2)
+    strategy.parallel_devices, strategy.num_nodes = [torch.device("cpu")] * 3, 1
+    with pytest.raises(InvalidArgumentError, match="tensor_parallel_size=2 does not divide the 3 ranks"):
+        strategy.setup_environment()

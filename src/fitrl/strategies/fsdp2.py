@@ -34,7 +34,8 @@ class FSDP2Strategy(PolicyVerbs, ModelParallelStrategy):
 
     With `tensor_parallel_size` N each N consecutive ranks compute one microbatch together: attention heads, the width
     of the MLP, embeddings and output head are shared out among them, and only their results, and statistics of each row
-    of logits, go from rank to rank. For Qwen3 and Llama. Rollouts are made by each rank alone, with whole weights.
+    of logits, go from rank to rank. For Qwen3 and Llama. Rollouts are made by each rank alone, with whole weights,
+    which its device holds beside the pieces while it samples; a sampler given to `LocalTrainer` takes no such room.
 
     Under a stock `lightning.Trainer` pass `inference_mode=False`, as `LocalTrainer` does: weights that were gathered in
     inference mode cannot be trained on afterwards.
