@@ -226,9 +226,9 @@ def test_entry_points_resolve() -> None:
 def test_discovery() -> None:
     assert discovery.trainer_class("local") is fitrl.LocalTrainer
     assert discovery.sampler_class("transformers") is fitrl.TransformersSampler
-    with pytest.raises(InvalidArgumentError, match="fitrl.trainers has no 'nowhere'; installed: local"):
+    with pytest.raises(InvalidArgumentError, match="fitrl.trainers has no 'nowhere'; installed: .*local"):
         discovery.trainer_class("nowhere")
-    with pytest.raises(InvalidArgumentError, match="fitrl.samplers has no 'local'; installed: transformers"):
+    with pytest.raises(InvalidArgumentError, match="fitrl.samplers has no 'local'; installed: .*transformers"):
         discovery.sampler_class("local")
 
 
