@@ -3,9 +3,14 @@
 Random weights, made-up token ids (`update.py`). A timed update is a whole call of `fit_rl` but for the checkpoint. Each
 run is a job of its own, one process or `torchrun`; the gradient's norm of the first call is compared with one device's.
 
-    python benchmarks/scaling.py [--ranks 2] [--output benchmarks/results]     on a machine with so many GPUs
-    python benchmarks/scaling.py --tensor-parallel 2 ...                       fitrl_fsdp2 by groups of two
-    python benchmarks/scaling.py --tiny                                        whether it runs, on CPUs
+With `--zero` the stages of ZeRO (`plugins/deepspeed`) beside `fitrl_fsdp2`, on the same devices: memory of the fullest
+one, host memory of the first process, time. Nothing is compiled there, because stage 3 cannot be; `--ranks 1` is the
+case of offloading on a single device.
+
+    python benchmarks/scaling.py [--ranks 2] [--output benchmarks/results]             on a machine with so many GPUs
+    python benchmarks/scaling.py --tensor-parallel 2 ...                               fitrl_fsdp2 by groups of two
+    python benchmarks/scaling.py --zero [--ranks 2] [--output benchmarks/results]      the stages of ZeRO
+    python benchmarks/scaling.py --tiny [--zero]                                       whether it runs, on CPUs
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import logging
 import os
 import platform
 import random
+import resource
 import statistics
 import subprocess
 import sys
@@ -29,6 +35,7 @@ import torch
 import transformers
 
 import fitrl
+from fitrl.data import ranks
 from fitrl.strategies.fsdp2 import FSDP2Strategy
 from update import Case, _commit, _synchronize, groups_of, random_weights
 
@@ -41,25 +48,35 @@ RUNS = (
     ),
     ("4B full, recomputed", Case("4B full", "4B", "uneven", checkpointing=True), ("fitrl_fsdp2",)),
 )
+ZERO = (
+    *("fitrl_fsdp2", "zero 1", "zero 2", "zero 3", "zero 2, optimizer offloaded"),
+    "zero 3, optimizer and weights offloaded",
+)
+ZERO_RUNS = (
+    ("0.6B full", Case("0.6B full", "0.6B", "uneven"), ZERO),
+    ("4B LoRA r16, recomputed", Case("4B LoRA", "4B", "uneven", lora=True, checkpointing=True), ZERO),
+    ("4B full, recomputed", Case("4B full", "4B", "uneven", checkpointing=True), ZERO),
+)
 
 
 def main() -> None:
     """Run every job, print a table, write it down when asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a small model on CPUs, not compiled: whether it runs")
+    parser.add_argument("--zero", action="store_true", help="the stages of ZeRO beside FSDP2")
     parser.add_argument("--ranks", type=int, default=2, help="devices of the larger jobs")
     parser.add_argument(
         "--tensor-parallel", type=int, default=1, help="ranks that fitrl_fsdp2 has compute together; not compiled then"
     )
     parser.add_argument("--repeats", type=int, default=4, help="timed updates")
-    parser.add_argument("--output", type=Path, help="folder for scaling.md and .json")
+    parser.add_argument("--output", type=Path, help="folder for scaling.md and .json, or zero.md and .json")
     parser.add_argument("--job", nargs=2, metavar=("RUN", "STRATEGY"), help="used for the jobs: one of them")
     options = parser.parse_args()
     if options.job:
         job(int(options.job[0]), options.job[1], options)
         return
     rows: list[dict[str, Any]] = []
-    for number, (name, _, strategies) in enumerate(RUNS):
+    for number, (name, _, strategies) in enumerate(ZERO_RUNS if options.zero else RUNS):
         for strategy in strategies:
             row = {"run": name, "strategy": strategy, "devices": 1 if strategy == "fitrl_local" else options.ranks}
             if strategy == "fitrl_fsdp2" and options.tensor_parallel > 1:
@@ -84,8 +101,9 @@ def main() -> None:
     print(text)
     if options.output is not None:
         options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "scaling.md").write_text("# One device against several\n\n" + text)
-        (options.output / "scaling.json").write_text(json.dumps({"rows": rows} | told, indent=1) + "\n")
+        file, title = ("zero", "ZeRO by stage") if options.zero else ("scaling", "One device against several")
+        (options.output / f"{file}.md").write_text(f"# {title}\n\n{text}")
+        (options.output / f"{file}.json").write_text(json.dumps({"rows": rows} | told, indent=1) + "\n")
 
 
 def start(number: int, strategy: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -98,9 +116,11 @@ def start(number: int, strategy: str, options: argparse.Namespace) -> dict[str, 
         flags = ["--job", str(number), strategy, "--repeats", str(options.repeats), "--output", str(path)]
         flags += ["--tiny"] if options.tiny else []
         flags += ["--tensor-parallel", str(options.tensor_parallel)]
+        flags += ["--zero"] if options.zero else []
         done = subprocess.run([*launcher, __file__, *flags], capture_output=True, text=True, check=False)
         if done.returncode:
-            return {"error": done.stderr.strip().splitlines()[-1][:200] if done.stderr.strip() else "no word"}
+            errors = [line for line in done.stderr.splitlines() if "Error: " in line]  # torchrun has the last word
+            return {"error": (errors or done.stderr.strip().splitlines() or ["no word"])[0].strip()[:200]}
         told: dict[str, Any] = json.loads(path.read_text())
         return told
 
@@ -109,7 +129,7 @@ def job(number: int, strategy: str, options: argparse.Namespace) -> None:
     """One job, on every rank: update, time, let rank 0 write."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     gpu = torch.cuda.is_available() and not options.tiny
-    case = RUNS[number][1]
+    case = (ZERO_RUNS if options.zero else RUNS)[number][1]
     local = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local) if gpu else torch.device("cpu")
     if gpu:
@@ -133,13 +153,14 @@ def job(number: int, strategy: str, options: argparse.Namespace) -> None:
     with (
         random_weights("tiny" if options.tiny else case.shape, device, share=True),
         tempfile.TemporaryDirectory() as root,
-        fitrl.LocalTrainer(
+        trainer_of(
+            strategy,
+            together,
             accelerator="gpu" if gpu else "cpu",
             devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-            strategy=strategy if together == 1 else FSDP2Strategy(tensor_parallel_size=together),
             precision="bf16-mixed" if gpu else "32-true",
             gradient_clip_val=1.0,
-            compile=gpu and together == 1,
+            compile=gpu and together == 1 and not options.zero,
             activation_checkpointing=case.checkpointing,
             enable_model_summary=False,
         ) as trainer,
@@ -164,11 +185,29 @@ def job(number: int, strategy: str, options: argparse.Namespace) -> None:
         _, first = update()
         update()
         taken = statistics.median(update()[0] for _ in range(options.repeats))
+        told = {"ms": 1e3 * taken, "tokens/s": tokens / taken, "norm": first.metrics["loss/grad_norm"]}
+        if gpu:
+            told["peak GiB"] = ranks.highest(torch.cuda.max_memory_allocated(device)) / 2**30
+        if options.zero:
+            told["host GiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         if trainer.is_global_zero:
-            told = {"ms": 1e3 * taken, "tokens/s": tokens / taken, "norm": first.metrics["loss/grad_norm"]}
-            if gpu:
-                told["peak GiB"] = torch.cuda.max_memory_allocated(device) / 2**30
             options.output.write_text(json.dumps(told))
+
+
+def trainer_of(strategy: str, together: int, **options: Any) -> fitrl.LocalTrainer:
+    """A trainer with a strategy by name, so many ranks computing together, or with a stage of ZeRO."""
+    if together > 1:
+        return fitrl.LocalTrainer(strategy=FSDP2Strategy(tensor_parallel_size=together), **options)
+    if not strategy.startswith("zero "):
+        return fitrl.LocalTrainer(strategy=strategy, **options)
+    from fitrl_deepspeed import DeepSpeedTrainer
+
+    return DeepSpeedTrainer(
+        zero_stage=int(strategy.split(",")[0].removeprefix("zero ")),  # type: ignore[arg-type]
+        offload_optimizer="offloaded" in strategy,
+        offload_params="weights" in strategy,
+        **options,
+    )
 
 
 def table(rows: list[dict[str, Any]]) -> str:

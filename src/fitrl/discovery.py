@@ -42,7 +42,10 @@ def sampler_class(name: str) -> type[Any]:
 def _load(group: str, name: str) -> type[Any]:
     found = {entry.name: entry for entry in entry_points(group=group)}
     if name not in found:
-        raise InvalidArgumentError(f"{group} has no {name!r}; installed: {', '.join(sorted(found)) or 'none'}")
+        raise InvalidArgumentError(
+            f"{group} has no {name!r}; installed: {', '.join(sorted(found)) or 'none'}. One of a plugin comes with it, "
+            f"'pip install fitrl-{name}' say"
+        )
     loaded: type[Any] = found[name].load()
     return loaded
 

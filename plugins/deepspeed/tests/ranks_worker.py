@@ -16,6 +16,7 @@ import torch
 
 import fitrl
 from fitrl.demo import TASKS, correct
+from fitrl.policy.layers import decoder_layers
 from fitrl_deepspeed import DeepSpeedTrainer
 from samples import make_groups
 
@@ -133,24 +134,22 @@ def resumed(root: Path) -> dict[str, Any]:
     return seen
 
 
-class Breaks:
-    """An objective whose gradient raises on the way, or is not a number."""
+class NotANumber:
+    """An objective whose gradient is none."""
 
     inputs = "logprobs"
 
-    def __init__(self, factor: float | None) -> None:
-        self.factor = factor
-
     def __call__(self, inputs: fitrl.LossInputs) -> fitrl.PolicyLoss:
-        logprobs = inputs.logprobs
-        if self.factor is None:
-            logprobs.register_hook(_raise)
-        total = (logprobs * inputs.mask).sum() / inputs.num_tokens
-        return fitrl.PolicyLoss(loss=total if self.factor is None else total * self.factor)
+        return fitrl.PolicyLoss(loss=(inputs.logprobs * inputs.mask).sum() * torch.nan)
 
 
 def _raise(gradient: torch.Tensor) -> None:
     raise ArithmeticError("in backward, on purpose")
+
+
+def _watch(layer: Any, inputs: Any, output: torch.Tensor) -> None:
+    if output.requires_grad:
+        output.register_hook(_raise)
 
 
 def broken(root: Path) -> dict[str, Any]:
@@ -161,11 +160,15 @@ def broken(root: Path) -> dict[str, Any]:
         model = fitrl.TrainableModel(f"broken-{stage}", "zero", "tiny", lora=None, root=root)
         with trainer_of({"zero_stage": stage}) as trainer:
             for seed in range(3):
-                if seed:
-                    try:
-                        trainer.fit_rl(model, make_groups(seed=9), objective=Breaks(None if seed == 1 else torch.nan))
-                    except (ArithmeticError, fitrl.FitRLError) as error:
-                        rows.append(type(error).__name__)
+                try:
+                    if seed == 1:  # on the way through the layers, when some gradients are there
+                        first = decoder_layers(trainer.verbs.policy_module.policy)[0]
+                        with first.register_forward_hook(_watch):
+                            trainer.fit_rl(model, make_groups(seed=9))
+                    elif seed == 2:
+                        trainer.fit_rl(model, make_groups(seed=9), objective=NotANumber())
+                except (ArithmeticError, fitrl.FitRLError) as error:
+                    rows.append(type(error).__name__)
                 metrics = trainer.fit_rl(model, make_groups(seed=seed), learning_rate=1e-4).metrics
                 rows.append([metrics["loss/train"], metrics["loss/grad_norm"], trainer.global_step])
         seen[str(stage)] = rows

@@ -148,25 +148,32 @@ def forget_moments(engine: Any) -> None:
 
 
 def clear_gradients(engine: Any) -> None:
-    """Forget what microbatches have added up, and whatever a pass that raised has left half done."""
+    """Forget what microbatches have added up, also what a backward that raised had not summed over the ranks yet."""
     zero = engine.optimizer
+    engine.zero_grad()  # first, because on a CPU ZeRO's own stumbles over what is left of stage 3
     zero.zero_grad(set_to_none=True)
-    zero.averaged_gradients = {} if hasattr(zero, "averaged_gradients") else None
-    if hasattr(zero, "all_grad_tensors"):
-        zero.all_grad_tensors = {}
-    if hasattr(zero, "_offload_accumulated_param_ids"):
-        zero._offload_accumulated_param_ids = set()
-    if hasattr(zero, "micro_step_id"):
+    for name in ("averaged_gradients", "all_grad_tensors", "_offload_accumulated_param_ids"):
+        if hasattr(zero, name):
+            getattr(zero, name).clear()  # others hold the same container
+    for bucket in getattr(zero, "ipg_buckets", {}).values():
+        getattr(bucket, "clear_params", bucket.clear)()  # stage 3 keeps its buffer
+    reduced = getattr(zero, "params_already_reduced", [])
+    for number in list(reduced) if isinstance(reduced, dict) else range(len(reduced)):
+        reduced[number] = False
+    if hasattr(zero, "micro_step_id"):  # the next microbatch is the first one
         zero.micro_step_id = 0 if engine.zero_optimization_partition_weights() else -1
 
 
-def leave_forward(engine: Any) -> None:
-    """Cut again what a forward that raised has left whole, and forget that it was under way."""
-    if not engine.zero_optimization_partition_weights():
-        return
-    del parameter_offload.FWD_MODULE_STACK[1:]
-    engine._forward_epilogue()
-    _offload(engine).partition_all_parameters()
+def leave_pass(engine: Any) -> None:
+    """Forget that a forward or backward was under way when it raised, and cut again what it has left whole."""
+    zero = engine.optimizer
+    while getattr(zero, "_backward_active_depth", 0) > 0:
+        zero.exit_backward()
+    if engine.zero_optimization_partition_weights():
+        del parameter_offload.FWD_MODULE_STACK[1:]
+        engine._forward_epilogue()
+        _offload(engine).release_backward_leftovers()
+        _offload(engine).partition_all_parameters()
 
 
 def lend(engine: Any, network: nn.Module) -> Callable[[], None]:

@@ -112,7 +112,7 @@ class DeepSpeedRLStrategy(PolicyVerbs, ZeroStrategy):
         try:
             return super().training_step(*args, **kwargs)
         except BaseException:
-            self._leave_forward()
+            self._leave_pass()
             raise
 
     @override
@@ -120,7 +120,15 @@ class DeepSpeedRLStrategy(PolicyVerbs, ZeroStrategy):
         try:
             return super().validation_step(*args, **kwargs)
         except BaseException:
-            self._leave_forward()
+            self._leave_pass()
+            raise
+
+    @override
+    def backward(self, *args: Any, **kwargs: Any) -> Tensor:
+        try:
+            return super().backward(*args, **kwargs)
+        except BaseException:
+            self._leave_pass()
             raise
 
     @override
@@ -130,14 +138,14 @@ class DeepSpeedRLStrategy(PolicyVerbs, ZeroStrategy):
                 found: Tensor = self.engine(call)
                 return found
         except BaseException:
-            self._leave_forward()
+            self._leave_pass()
             raise
 
-    def _leave_forward(self) -> None:
+    def _leave_pass(self) -> None:
         from fitrl_deepspeed import pieces
 
         if self._engine is not None:
-            pieces.leave_forward(self._engine)
+            pieces.leave_pass(self._engine)
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
@@ -167,15 +175,15 @@ class DeepSpeedRLStrategy(PolicyVerbs, ZeroStrategy):
     def clear_gradients(self) -> None:
         from fitrl_deepspeed import pieces
 
-        super().clear_gradients()
         if self._engine is not None:
             pieces.clear_gradients(self._engine)
+        super().clear_gradients()
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        super().on_exception(exception)
         if self.keep_alive:
             self.clear_gradients()
+        super().on_exception(exception)
 
     # -- whole weights for the embedded sampler -----------------------------------------------------------------
 

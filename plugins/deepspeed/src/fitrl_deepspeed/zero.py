@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,9 @@ from typing_extensions import override
 
 from fitrl.errors import InvalidArgumentError
 from fitrl_deepspeed.settings import check_precision, deepspeed_config, loss_scaling
+
+# DeepSpeed 0.19 calls collectives by the names that torch 2.13 is about to drop
+warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
 DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
