@@ -13,14 +13,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, TypeVar
 
-from fitrl import BackendTrainer, Feed, Objective, Sampler, TrainableModel, TrajectoryGroup
+from fitrl import BackendTrainer, Feed, Sampler, TrainableModel, TrajectoryGroup
 from fitrl.errors import CheckpointError, SessionError
 from fitrl.objective.objective import ImportanceSamplingLevel
 from fitrl.strategies.schedules import stand_at
 from fitrl.trainers.asynchronous import asynchronous
-from fitrl.trainers.settings import DEFAULT_CHUNK_SIZE, UpdateSettings
 from fitrl_serverless import wire
-from fitrl_serverless.calls import Call, collect
+from fitrl_serverless.calls import Call, make_call
 from fitrl_serverless.client.connection import REQUEST_TIMEOUT_S, RETRY_TIMEOUT_S
 from fitrl_serverless.client.errors import JobFailedError
 from fitrl_serverless.lightning_options import check_options
@@ -150,35 +149,21 @@ class ServerlessTrainer(BackendTrainer):
             JobFailedError: the service could not train them; the model stands where it stood.
             ServiceError: the service cannot be used; see its subclasses.
         """
-        settings = _checked(
-            learning_rate,
-            Objective(
-                ppo=ppo,
-                epsilon=epsilon,
-                epsilon_high=epsilon_high,
-                importance_sampling_level=importance_sampling_level,
-                max_negative_advantage_importance_sampling_weight=max_negative_advantage_importance_sampling_weight,
-                mask_prob_ratio=mask_prob_ratio,
-                kimi_k2_tau=kimi_k2_tau,
-            ),
+        call = make_call(
+            groups,
+            learning_rate=learning_rate,
+            ppo=ppo,
+            epsilon=epsilon,
+            epsilon_high=epsilon_high,
             advantage_balance=advantage_balance,
             scale_rewards=scale_rewards,
-            precalculate_logprobs=precalculate_logprobs,
-        )
-        config = wire.ExperimentalConfig(
-            advantage_balance=float(advantage_balance),
-            epsilon=_float(epsilon),
-            epsilon_high=_float(epsilon_high),
             importance_sampling_level=importance_sampling_level,
-            kimi_k2_tau=_float(kimi_k2_tau),
-            learning_rate=float(learning_rate),
+            max_negative_advantage_importance_sampling_weight=max_negative_advantage_importance_sampling_weight,
             mask_prob_ratio=mask_prob_ratio,
-            max_negative_advantage_importance_sampling_weight=_float(max_negative_advantage_importance_sampling_weight),
-            ppo=ppo,
+            kimi_k2_tau=kimi_k2_tau,
             precalculate_logprobs=precalculate_logprobs,
-            scale_rewards=scale_rewards,
         )
-        return self._heeding_signals(lambda: self._learn(model, list(groups), settings, config))
+        return self._heeding_signals(lambda: self._learn(model, call, learning_rate))
 
     fit_rl_async = asynchronous(fit_rl)
 
@@ -288,16 +273,9 @@ class ServerlessTrainer(BackendTrainer):
 
     # -- one call -----------------------------------------------------------------------------------------------
 
-    def _learn(
-        self,
-        model: TrainableModel,
-        groups: Sequence[TrajectoryGroup],
-        settings: UpdateSettings,
-        config: wire.ExperimentalConfig,
-    ) -> ServerlessTrainResult:
+    def _learn(self, model: TrainableModel, call: Call, learning_rate: float) -> ServerlessTrainResult:
         """Everything that `fit_rl` does once its arguments are checked."""
         self._check_limits()
-        call = collect(groups, settings, config)
         run = self._open(model)
         if run.pending is not None:
             if run.is_pending(call):
@@ -313,7 +291,7 @@ class ServerlessTrainer(BackendTrainer):
                 step=run.step, metrics=call.metrics | exact, num_optimizer_steps=0, dropped=call.dropped
             )
         self._check_max_steps(1)
-        self._module_of(run).learning_rate = settings.learning_rate
+        self._module_of(run).learning_rate = learning_rate
         return self._train(run, call)
 
     def _pick_up(self, run: Run) -> None:
@@ -418,37 +396,3 @@ class ServerlessTrainer(BackendTrainer):
         self.service_strategy.take(None)
         self._module = self._served = self.picked_up = self._picked_up_call = None
         self._interrupts.unwatch()
-
-
-def _checked(
-    learning_rate: float,
-    objective: Objective,
-    *,
-    advantage_balance: float,
-    scale_rewards: bool,
-    precalculate_logprobs: bool,
-) -> UpdateSettings:
-    """The arguments, checked as every backend checks them; what the service does not take stands at its default."""
-    return UpdateSettings(
-        learning_rate=learning_rate,
-        objective=objective,
-        advantage_balance=advantage_balance,
-        scale_rewards=scale_rewards,
-        precalculate_logprobs=precalculate_logprobs,
-        allow_training_without_logprobs=False,
-        plot_tensors=False,
-        scale_learning_rate_by_reward_std_dev=False,
-        logprob_calculation_chunk_size=DEFAULT_CHUNK_SIZE,
-        save_checkpoint=True,
-        verbose=False,
-        num_minibatches=1,
-        num_epochs=1,
-        seed=0,
-        reference=None,
-        max_tokens_per_microbatch=None,
-        num_trajectories_learning_rate_multiplier_power=0.0,
-    )
-
-
-def _float(value: float | None) -> float | None:
-    return None if value is None else float(value)
