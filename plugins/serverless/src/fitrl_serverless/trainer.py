@@ -21,7 +21,7 @@ from fitrl.trainers.asynchronous import asynchronous
 from fitrl_serverless import wire
 from fitrl_serverless.calls import Call, make_call
 from fitrl_serverless.client.connection import REQUEST_TIMEOUT_S, RETRY_TIMEOUT_S
-from fitrl_serverless.client.errors import JobFailedError
+from fitrl_serverless.client.errors import JobCancelledError, JobFailedError
 from fitrl_serverless.lightning_options import check_options
 from fitrl_serverless.module import ServerlessModule
 from fitrl_serverless.results import ServerlessTrainResult
@@ -301,7 +301,9 @@ class ServerlessTrainer(BackendTrainer):
         print(f"fitrl: waiting for job {job.job_id or '(not confirmed yet)'} of an earlier process", file=sys.stderr)
         try:
             self.picked_up = self._train(run, PickUp())
-        except JobFailedError as error:
+        except (JobFailedError, JobCancelledError) as error:
+            if self._is_cancelled():  # just now, by this process
+                raise
             warnings.warn(f"the job of an earlier process failed: {error}", RuntimeWarning, stacklevel=2)
             return
         self._picked_up_call = job.fingerprint
