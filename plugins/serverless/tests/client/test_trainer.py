@@ -221,6 +221,21 @@ def test_one_trainer_per_run(new_trainer, new_model) -> None:
     second.open(new_model())
 
 
+def test_older_calls_work_here_too(foreign, new_trainer, new_model) -> None:
+    trainer, model = new_trainer(), new_model()
+
+    async def older() -> ServerlessTrainResult:
+        await model.register(trainer)
+        return await model.train([group([0, 1])], fitrl.TrainConfig(learning_rate=1e-3), {"ppo": True})
+
+    with pytest.warns(DeprecationWarning, match="ServerlessTrainer.fit_rl|trainer.fit_rl"):
+        result = asyncio.run(older())
+    assert result.artifact_name == "me/trainer/policy:step1"
+    assert submitted(foreign)[0]["experimental_config"].items() >= {"ppo": True, "learning_rate": 1e-3}.items()
+    with pytest.raises(TypeError, match="'serverless' takes"), pytest.warns(DeprecationWarning):
+        asyncio.run(model.train([group([0, 1])], _config={"plot_tensors": True}))
+
+
 # -- Lightning --------------------------------------------------------------------------------------------------------
 
 
