@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis import Case, GenerationMode
 from schemathesis.checks import CHECKS, load_all_checks
 
-MANY = 100 if LONG else 5
+MANY = 40 if LONG else 5
 # 422 also stands for what a schema cannot say: epsilon above 1, a chat without messages, an Idempotency-Key used before
 EXCEPT = ["positive_data_acceptance"]
 
