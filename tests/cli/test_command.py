@@ -84,17 +84,17 @@ def test_an_installed_plugin_is_found_by_its_metadata(tmp_path) -> None:
     metadata = tmp_path / "fitrl_serve_of_a_test-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: fitrl-serve\nVersion: 1.0\nSummary: Serve 100% of it\n"
+        "Metadata-Version: 2.1\nName: fitrl-serve-of-a-test\nVersion: 1.0\nSummary: Serve 100% of it\n"
     )
-    (metadata / "entry_points.txt").write_text("[fitrl.commands]\nserve = fitrl_serve_of_a_test:main\n")
+    (metadata / "entry_points.txt").write_text("[fitrl.commands]\nserve_of_a_test = fitrl_serve_of_a_test:main\n")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
 
     def run(*arguments: str) -> str:
         command = [COMMAND, *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
 
-    assert re.search(r"serve +Serve 100% of it", run("--help"))
-    assert run("serve", "--port", "1") == "served ['--port', '1']\n"
+    assert re.search(r"serve_of_a_test\s+Serve 100% of it", run("--help"))
+    assert run("serve_of_a_test", "--port", "1") == "served ['--port', '1']\n"
 
 
 def test_a_plugin_that_returns_nothing_has_succeeded(monkeypatch) -> None:

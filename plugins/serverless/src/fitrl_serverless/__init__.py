@@ -1,6 +1,6 @@
 """fitrl on another machine: the client of a training service, and a server of the same API."""
 
-from fitrl_serverless.calls import Call
+from fitrl_serverless.calls import Call, make_call
 from fitrl_serverless.module import ServerlessModule
 from fitrl_serverless.results import ServerlessTrainResult
 from fitrl_serverless.sampler import ServerlessSampler
@@ -14,4 +14,5 @@ __all__ = [
     "ServerlessStrategy",
     "ServerlessTrainResult",
     "ServerlessTrainer",
+    "make_call",
 ]

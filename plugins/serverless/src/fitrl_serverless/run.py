@@ -31,7 +31,7 @@ class Run:
     Raises:
         RunLockedError: another trainer has this run open.
         UnsupportedError: the service cannot be told which weights to train.
-        SessionError: the run has a job at another service.
+        SessionError: the run has a job at another service, or of another model.
         ServiceError: the service cannot be used, or refuses the model.
     """
 
@@ -50,6 +50,12 @@ class Run:
             wait = service.connection.wait
             self.about: About = wait(service.about())
             self.remote: wire.Model = wait(service.open_model(_request(model, entity, self.about)))
+            if self.pending is not None and self.pending.model_id != self.remote.id:
+                raise SessionError(
+                    f"{model.run_dir} has a job of the model {self.pending.model_id}, and this one is "
+                    f"{self.remote.id}: take the entity and key that it was submitted with, or drop the job with "
+                    "trainer.forget(model)"
+                )
             newest = wait(service.newest_checkpoint(self.remote.id))
         except BaseException:
             self._lock.release()

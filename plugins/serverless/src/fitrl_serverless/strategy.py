@@ -1,8 +1,8 @@
 """`ServerlessStrategy`: one Lightning batch is one training job on a service.
 
-A batch is a `Call`. It is submitted at the optimizer's step, after the hooks that may still stop it, and the step ends
-with the job. `ServerlessTrainer` makes calls of groups; under a stock `lightning.Trainer` they are given as they are:
-`Trainer(strategy="fitrl_serverless").fit(ServerlessModule(model), fitrl.Feed(calls))`.
+A batch is a `Call`, of `make_call(groups, ...)`. It is submitted at the optimizer's step, after the hooks that may
+still stop it, and the step ends with the job. `ServerlessTrainer` does all that; under a stock trainer it is
+`lightning.Trainer(strategy="fitrl_serverless").fit(ServerlessModule(model), fitrl.Feed(calls))`.
 """
 
 from __future__ import annotations
@@ -122,8 +122,10 @@ class ServerlessStrategy(SingleDeviceStrategy):
         if call is None or run is None:
             raise SessionError("there is no call to submit")
         self._call = None
-        rate = float(optimizer.param_groups[0]["lr"])
         given = call if isinstance(call, Call) else None
+        if given is not None and given.config.learning_rate is not None:
+            set_base_rate(self, given.config.learning_rate)
+        rate = float(optimizer.param_groups[0]["lr"])
         self.outcome = run.train(given, rate, tell=module.hear, stops=self.stops)
         # Lightning counts this step: it has to arrive where the service stands
         stand_at(module.trainer, max(run.step - 1, 0))

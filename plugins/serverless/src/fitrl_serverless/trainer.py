@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import sys
-import tempfile
-import threading
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from types import TracebackType
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
 
-from fitrl import BackendTrainer, Feed, Objective, Sampler, TrainableModel, TrajectoryGroup
-from fitrl.errors import CheckpointError, SessionError
+from fitrl import Feed, TrainableModel, TrajectoryGroup
+from fitrl.errors import SessionError
 from fitrl.objective.objective import ImportanceSamplingLevel
 from fitrl.strategies.schedules import stand_at
 from fitrl.trainers.asynchronous import asynchronous
-from fitrl.trainers.settings import DEFAULT_CHUNK_SIZE, UpdateSettings
-from fitrl_serverless import wire
-from fitrl_serverless.calls import Call, collect
+from fitrl_serverless.calls import Call, make_call
 from fitrl_serverless.client.connection import REQUEST_TIMEOUT_S, RETRY_TIMEOUT_S
-from fitrl_serverless.client.errors import JobFailedError
-from fitrl_serverless.lightning_options import check_options
-from fitrl_serverless.module import ServerlessModule
+from fitrl_serverless.client.errors import JobCancelledError, JobFailedError
 from fitrl_serverless.results import ServerlessTrainResult
 from fitrl_serverless.run import Run
-from fitrl_serverless.sampler import ServerlessSampler
+from fitrl_serverless.session import ServerlessSession
 from fitrl_serverless.settings import SAMPLE_TIMEOUT_S, TOTAL_TIMEOUT_S, ServiceSettings
-from fitrl_serverless.strategy import PickUp, ServerlessStrategy
-
-_R = TypeVar("_R")
+from fitrl_serverless.strategy import PickUp
 
 
-class ServerlessTrainer(BackendTrainer):
+class ServerlessTrainer(ServerlessSession):
     """Train on another machine; a `lightning.Trainer` whose epochs are the service's training jobs.
 
     The same class talks to `fitrl serve` and to any other service of this API. One whose mathematics are its own is
@@ -87,23 +76,7 @@ class ServerlessTrainer(BackendTrainer):
             total_timeout_s=total_timeout_s,
             sample_timeout_s=sample_timeout_s,
         )
-        check_options(lightning_options)
-        lightning_options |= {"accelerator": "cpu", "devices": 1}  # of the client, which computes nothing
-        if lightning_options.get("enable_model_summary") is None:
-            lightning_options["enable_model_summary"] = False  # there is no model here
-        super().__init__(strategy=ServerlessStrategy(settings), **lightning_options)
-        self.picked_up: ServerlessTrainResult | None = None
-        self._lr_schedule = lr_schedule
-        self._module: ServerlessModule | None = None
-        self._served: ServerlessSampler | None = None
-        self._picked_up_call: str | None = None
-        self._warned = False
-
-    @property
-    def service_strategy(self) -> ServerlessStrategy:
-        """The strategy, typed."""
-        assert isinstance(self.strategy, ServerlessStrategy)  # made at construction
-        return self.strategy
+        super().__init__(settings=settings, lr_schedule=lr_schedule, **lightning_options)
 
     def fit_rl(
         self,
@@ -150,154 +123,29 @@ class ServerlessTrainer(BackendTrainer):
             JobFailedError: the service could not train them; the model stands where it stood.
             ServiceError: the service cannot be used; see its subclasses.
         """
-        settings = _checked(
-            learning_rate,
-            Objective(
-                ppo=ppo,
-                epsilon=epsilon,
-                epsilon_high=epsilon_high,
-                importance_sampling_level=importance_sampling_level,
-                max_negative_advantage_importance_sampling_weight=max_negative_advantage_importance_sampling_weight,
-                mask_prob_ratio=mask_prob_ratio,
-                kimi_k2_tau=kimi_k2_tau,
-            ),
+        call = make_call(
+            groups,
+            learning_rate=learning_rate,
+            ppo=ppo,
+            epsilon=epsilon,
+            epsilon_high=epsilon_high,
             advantage_balance=advantage_balance,
             scale_rewards=scale_rewards,
-            precalculate_logprobs=precalculate_logprobs,
-        )
-        config = wire.ExperimentalConfig(
-            advantage_balance=float(advantage_balance),
-            epsilon=_float(epsilon),
-            epsilon_high=_float(epsilon_high),
             importance_sampling_level=importance_sampling_level,
-            kimi_k2_tau=_float(kimi_k2_tau),
-            learning_rate=float(learning_rate),
+            max_negative_advantage_importance_sampling_weight=max_negative_advantage_importance_sampling_weight,
             mask_prob_ratio=mask_prob_ratio,
-            max_negative_advantage_importance_sampling_weight=_float(max_negative_advantage_importance_sampling_weight),
-            ppo=ppo,
+            kimi_k2_tau=kimi_k2_tau,
             precalculate_logprobs=precalculate_logprobs,
-            scale_rewards=scale_rewards,
         )
-        return self._heeding_signals(lambda: self._learn(model, list(groups), settings, config))
+        return self._heeding_signals(lambda: self._learn(model, call, learning_rate))
 
     fit_rl_async = asynchronous(fit_rl)
 
-    # -- the model that is open ---------------------------------------------------------------------------------
-
-    def open(self, model: TrainableModel) -> None:
-        """Open a model at the service, and wait for the job that an earlier process left there; `fit_rl` does both.
-
-        Raises:
-            RunLockedError: another trainer has this run open.
-            ServiceError: the service cannot be used, or refuses the model.
-        """
-        run = self._open(model)
-        if run.pending is not None and not self._busy.locked():
-            self._heeding_signals(lambda: self._pick_up(run))
-
-    def sampler(self, model: TrainableModel) -> Sampler:
-        """The sampler of a model's newest step, which the service serves."""
-        self.open(model)
-        run = self._require_run()
-        if self._served is None:
-            self._served = ServerlessSampler(
-                run.service,
-                run.artifact,
-                base_model=model.base_model,
-                version=run.step,
-                timeout_s=self.service_strategy.settings.sample_timeout_s,
-            )
-        return self._served
-
-    def forget(self, model: TrainableModel) -> None:
-        """Drop the job that this model has under way, whatever becomes of it at the service."""
-        open_run = self.service_strategy.run
-        if open_run is not None and open_run.model.key == model.key:
-            open_run.forget()
-        else:
-            Run.forget_in(model)
-
-    def close(self) -> None:
-        """Let the model go and close the connections; checkpoints are the service's, and nothing is lost."""
-        self._end_worker()
-        self._release()
-        self.service_strategy.service.connection.close()
-        self._close_listeners()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    # -- checkpoints --------------------------------------------------------------------------------------------
-
-    def checkpoints(self, model: TrainableModel) -> list[wire.Checkpoint]:
-        """The steps that the service keeps of a model, oldest first, each with its metrics."""
-        run = self._open(model)
-        return run.service.connection.wait(run.service.checkpoints(run.remote.id))
-
-    def delete_checkpoints(self, model: TrainableModel, steps: Sequence[int]) -> list[int]:
-        """Delete the checkpoints of these steps; returns those that there were.
-
-        Raises:
-            ConflictError: the newest is among them, which the service trains on from.
-        """
-        run = self._open(model)
-        deleted = run.service.connection.wait(run.service.delete_checkpoints(run.remote.id, list(steps)))
-        return [step for step in steps if step not in deleted.not_found_steps]
-
-    def download_checkpoint(
-        self, model: TrainableModel, step: int | None = None, *, folder: str | Path | None = None
-    ) -> Path:
-        """Fetch a checkpoint that transformers, or PEFT, loads as it is.
-
-        Args:
-            model: whose.
-            step: None: the newest.
-            folder: that is made; None: `<run>/checkpoints-of-service/<step>`.
-
-        Returns:
-            The folder, whole or not there at all.
-
-        Raises:
-            CheckpointError: the folder is there already, or cannot be written.
-            NotFoundError: there is no such step; another service than `fitrl serve` may have no such call.
-        """
-        run = self._open(model)
-        at = run.step if step is None else step
-        target = Path(folder) if folder is not None else run.folder / "checkpoints-of-service" / f"{at:04d}"
-        if target.exists():
-            raise CheckpointError(f"{target} is there already: delete it, or pass another folder")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        except OSError as error:
-            raise CheckpointError(f"{target} cannot be made: {error}") from error
-        try:
-            run.service.connection.wait(run.service.download_checkpoint(run.remote.id, at, unfinished))
-            unfinished.rename(target)
-        except BaseException:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise
-        return target
-
-    def log(self, model: TrainableModel, groups: Iterable[TrajectoryGroup], *, split: str = "train") -> None:
-        """Keep groups with the model on the service; `model.log` keeps them here."""
-        run = self._open(model)
-        run.service.connection.wait(run.service.log(run.remote.id, wire.groups_to_wire(groups), split))
-
     # -- one call -----------------------------------------------------------------------------------------------
 
-    def _learn(
-        self,
-        model: TrainableModel,
-        groups: Sequence[TrajectoryGroup],
-        settings: UpdateSettings,
-        config: wire.ExperimentalConfig,
-    ) -> ServerlessTrainResult:
+    def _learn(self, model: TrainableModel, call: Call, learning_rate: float) -> ServerlessTrainResult:
         """Everything that `fit_rl` does once its arguments are checked."""
         self._check_limits()
-        call = collect(groups, settings, config)
         run = self._open(model)
         if run.pending is not None:
             if run.is_pending(call):
@@ -313,7 +161,7 @@ class ServerlessTrainer(BackendTrainer):
                 step=run.step, metrics=call.metrics | exact, num_optimizer_steps=0, dropped=call.dropped
             )
         self._check_max_steps(1)
-        self._module_of(run).learning_rate = settings.learning_rate
+        self._module_of(run).learning_rate = learning_rate
         return self._train(run, call)
 
     def _pick_up(self, run: Run) -> None:
@@ -323,7 +171,9 @@ class ServerlessTrainer(BackendTrainer):
         print(f"fitrl: waiting for job {job.job_id or '(not confirmed yet)'} of an earlier process", file=sys.stderr)
         try:
             self.picked_up = self._train(run, PickUp())
-        except JobFailedError as error:
+        except (JobFailedError, JobCancelledError) as error:
+            if self._is_cancelled():  # just now, by this process
+                raise
             warnings.warn(f"the job of an earlier process failed: {error}", RuntimeWarning, stacklevel=2)
             return
         self._picked_up_call = job.fingerprint
@@ -352,103 +202,9 @@ class ServerlessTrainer(BackendTrainer):
             artifact_name=str(run.artifact(run.step)) if outcome.num_optimizer_steps else None,
         )
 
-    def _heeding_signals(self, work: Callable[[], _R]) -> _R:
-        """`_one_call`, whose signal is raised after it also where the job had ended before it could be cancelled."""
-
-        def run() -> _R:
-            result = work()
-            self._interrupts.agree()
-            return result
-
-        return self._one_call(run)
-
     def _is_cancelled(self) -> bool:
         """Whether the user wants the job away: by Ctrl-C, or by cancelling `fit_rl_async`."""
         told, cancelled = self._interrupts.received, self._interrupts.cancelled
         if told is not None and told is not signal.SIGINT:
             raise SystemExit(128 + told)  # the job stays, to be picked up
         return told is signal.SIGINT or (cancelled is not None and cancelled.is_set())
-
-    def _open(self, model: TrainableModel) -> Run:
-        """The run of a model; another one is let go first."""
-        run = self.service_strategy.run
-        if run is not None and run.model.key == model.key:
-            if run.model is not model:
-                if (run.model.base_model, run.model.lora) != (model.base_model, model.lora):
-                    raise SessionError(f"{run.model!r} is open and {model!r} is the same run with other settings")
-                model.step = run.step
-                run.model = model
-                if self._module is not None:
-                    self._module.model = model
-            return run
-        if self._busy.locked() and self._busy_thread != threading.get_ident():
-            raise SessionError(f"a call of fit_rl is under way, {model!r} cannot be opened before it ends")
-        self._release()
-        settings = self.service_strategy.settings
-        run = Run(self.service_strategy.service, model, settings.entity, settings.total_timeout_s)
-        self.service_strategy.take(run)
-        if not run.about.is_exact and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"the service at {settings.url} is not fitrl's: its mathematics are its own, and objective/exact is 0",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-        self._interrupts.watch()
-        self._hold_loggers()
-        stand_at(self, run.step)
-        return run
-
-    def _module_of(self, run: Run) -> ServerlessModule:
-        if self._module is None:
-            self._module = ServerlessModule(run.model, lr_schedule=self._lr_schedule)
-        return self._module
-
-    def _require_run(self) -> Run:
-        run = self.service_strategy.run
-        if run is None:
-            raise SessionError("no model is open: call trainer.open(model) first")
-        return run
-
-    def _release(self) -> None:
-        if self._served is not None:
-            self._served.close()
-        if (run := self.service_strategy.run) is not None:
-            run.close()
-        self.service_strategy.take(None)
-        self._module = self._served = self.picked_up = self._picked_up_call = None
-        self._interrupts.unwatch()
-
-
-def _checked(
-    learning_rate: float,
-    objective: Objective,
-    *,
-    advantage_balance: float,
-    scale_rewards: bool,
-    precalculate_logprobs: bool,
-) -> UpdateSettings:
-    """The arguments, checked as every backend checks them; what the service does not take stands at its default."""
-    return UpdateSettings(
-        learning_rate=learning_rate,
-        objective=objective,
-        advantage_balance=advantage_balance,
-        scale_rewards=scale_rewards,
-        precalculate_logprobs=precalculate_logprobs,
-        allow_training_without_logprobs=False,
-        plot_tensors=False,
-        scale_learning_rate_by_reward_std_dev=False,
-        logprob_calculation_chunk_size=DEFAULT_CHUNK_SIZE,
-        save_checkpoint=True,
-        verbose=False,
-        num_minibatches=1,
-        num_epochs=1,
-        seed=0,
-        reference=None,
-        max_tokens_per_microbatch=None,
-        num_trajectories_learning_rate_multiplier_power=0.0,
-    )
-
-
-def _float(value: float | None) -> float | None:
-    return None if value is None else float(value)

@@ -26,8 +26,8 @@ from fitrl_serverless.client import (
     Service,
     ServiceTimeoutError,
     UnreachableError,
+    repetition,
 )
-from fitrl_serverless.client import connection as connections
 from fitrl_serverless.client.bodies import FileBody, json_body
 from fitrl_serverless.client.errors import ServiceError
 
@@ -35,7 +35,7 @@ from fitrl_serverless.client.errors import ServiceError
 @pytest.fixture
 def quick(monkeypatch) -> None:
     """Wait next to nothing between attempts."""
-    monkeypatch.setattr(connections, "_BACKOFF", lambda state: 0.001)
+    monkeypatch.setattr(repetition, "_BACKOFF", lambda state: 0.001)
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_what_cannot_pass_is_asked_once(foreign, connect, quick, status) -> None
 
 
 def test_repetition_ends_with_the_time_for_it(foreign, connect, monkeypatch) -> None:
-    monkeypatch.setattr(connections, "_BACKOFF", lambda state: 0.2)
+    monkeypatch.setattr(repetition, "_BACKOFF", lambda state: 0.2)
     foreign.faults["/health"] = deque([503] * 1000)
     connection = connect(foreign.url, retry_timeout_s=0.5)
     start = time.monotonic()
@@ -106,7 +106,7 @@ def test_a_service_says_how_long_to_wait() -> None:
     def waits(error: BaseException | None, attempt: int) -> list[float]:
         outcome = None if error is None else SimpleNamespace(exception=lambda: error)
         state = SimpleNamespace(outcome=outcome, attempt_number=attempt)
-        return [connections._wait_as_told(state) for _ in range(200)]
+        return [repetition.wait_as_told(state) for _ in range(200)]
 
     told = waits(BusyError("later", status=429, retry_after_s=7.0), 1)
     assert min(told) >= 7.0 and max(told) <= 7.3 and len(set(told)) > 100
@@ -114,9 +114,9 @@ def test_a_service_says_how_long_to_wait() -> None:
         window = min(0.2 * 2 ** (attempt - 1), 20.0)
         free = waits(ServerFaultError("away", status=503), attempt)
         assert 0 <= min(free) < window / 4 and window * 0.75 < max(free) <= window  # jitter over the whole window
-    assert connections._retry_after("12") == 12.0 and connections._retry_after("soon") is None
-    assert connections._retry_after("Thu, 01 Jan 1970 00:00:00 GMT") == 0.0
-    assert connections._retry_after(None) is None
+    assert repetition.retry_after("12") == 12.0 and repetition.retry_after("soon") is None
+    assert repetition.retry_after("Thu, 01 Jan 1970 00:00:00 GMT") == 0.0
+    assert repetition.retry_after(None) is None
 
 
 def test_the_header_is_read(foreign, connect) -> None:

@@ -181,10 +181,11 @@ def test_a_submission_without_an_answer_is_repeated_by_the_next_process(foreign,
 
 
 def test_a_refused_submission_leaves_nothing(foreign, open_run, model) -> None:
-    foreign.faults["/training-jobs"] = deque([422])
+    foreign.faults["/training-jobs"] = deque([422, 404])
     run = open_run()
-    with pytest.raises(InvalidRequestError, match="scripted 422"):
-        train(run, call())
+    for error in (InvalidRequestError, NotFoundError):
+        with pytest.raises(error, match="scripted 4"):
+            train(run, call())
     assert left(model) == [] and run.pending is None and not foreign.jobs
 
 
@@ -286,6 +287,17 @@ def test_a_run_folder_has_one_service(foreign, open_run, model) -> None:
     with pytest.raises(RuntimeError, match="has a job at https://h, and this trainer talks to http://127"):
         open_run()
     assert json.loads((model.run_dir / "job.json").read_text())["url"] == "https://h"
+
+
+def test_a_job_of_another_model_is_not_taken_up(open_run, model, foreign) -> None:
+    create(model).save(model.run_dir)
+    record = PendingJob.load(model.run_dir)
+    record.url = foreign.url
+    record.save(model.run_dir)
+    with pytest.raises(RuntimeError, match="has a job of the model m, and this one is me-jobs-policy"):
+        open_run()
+    Run.forget_in(model)
+    assert open_run().pending is None
 
 
 def test_the_schedule_does_not_make_other_groups(model) -> None:

@@ -21,7 +21,7 @@ import fitrl
 from fitrl.discovery import trainer_class
 from fitrl.errors import CheckpointError, InvalidArgumentError, RunLockedError, SessionError, UnsupportedError
 from fitrl.testing.listeners import Hooks, Rows
-from fitrl_serverless import ServerlessModule, ServerlessStrategy, ServerlessTrainer, ServerlessTrainResult
+from fitrl_serverless import ServerlessModule, ServerlessStrategy, ServerlessTrainer, ServerlessTrainResult, make_call
 from fitrl_serverless.client import JobCancelledError, JobFailedError, NotFoundError, ServiceTimeoutError
 from fitrl_serverless.client.service import Service
 from helpers import group
@@ -221,6 +221,21 @@ def test_one_trainer_per_run(new_trainer, new_model) -> None:
     second.open(new_model())
 
 
+def test_older_calls_work_here_too(foreign, new_trainer, new_model) -> None:
+    trainer, model = new_trainer(), new_model()
+
+    async def older() -> ServerlessTrainResult:
+        await model.register(trainer)
+        return await model.train([group([0, 1])], fitrl.TrainConfig(learning_rate=1e-3), {"ppo": True})
+
+    with pytest.warns(DeprecationWarning, match="ServerlessTrainer.fit_rl|trainer.fit_rl"):
+        result = asyncio.run(older())
+    assert result.artifact_name == "me/trainer/policy:step1"
+    assert submitted(foreign)[0]["experimental_config"].items() >= {"ppo": True, "learning_rate": 1e-3}.items()
+    with pytest.raises(TypeError, match="'serverless' takes"), pytest.warns(DeprecationWarning):
+        asyncio.run(model.train([group([0, 1])], _config={"plot_tensors": True}))
+
+
 # -- Lightning --------------------------------------------------------------------------------------------------------
 
 
@@ -284,12 +299,7 @@ def test_under_a_stock_trainer(foreign, key, monkeypatch, new_model, tmp_path) -
     """One batch is one job; a checkpoint names the service's artifact and is refused once that has moved on."""
     monkeypatch.setenv("FITRL_SERVERLESS_URL", foreign.url)
     monkeypatch.setenv("FITRL_SERVERLESS_KEY", key)
-    from fitrl_serverless.calls import collect
-    from fitrl_serverless.trainer import _checked
-    from fitrl_serverless.wire import ExperimentalConfig
-
-    settings = _checked(1e-3, fitrl.Objective(), advantage_balance=0.0, scale_rewards=True, precalculate_logprobs=False)
-    calls = [collect([group([0, 1])], settings, ExperimentalConfig()) for _ in range(3)]
+    calls = [make_call([group([0, 1])], ppo=True) for _ in range(2)] + [make_call([group([0, 1])], learning_rate=2e-3)]
 
     def stock(**options) -> lightning.Trainer:
         quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "max_epochs": 1}
@@ -298,7 +308,9 @@ def test_under_a_stock_trainer(foreign, key, monkeypatch, new_model, tmp_path) -
     keep = ModelCheckpoint(dirpath=tmp_path / "kept", save_last=True)
     trainer = stock(callbacks=[keep])
     trainer.fit(ServerlessModule(new_model(), learning_rate=1e-3), fitrl.Feed(calls))
-    assert trainer.global_step == 3 and len(submitted(foreign)) == 3
+    configs = [body["experimental_config"] for body in submitted(foreign)]
+    assert trainer.global_step == 3 and [config["ppo"] for config in configs] == [True, True, False]
+    assert [config["learning_rate"] for config in configs] == [1e-3, 1e-3, 2e-3]
     saved = torch.load(keep.last_model_path, weights_only=True)
     assert saved["artifact_name"] == "me/trainer/policy:step3" and saved["state_dict"] == {}
     again = stock(max_epochs=2, enable_checkpointing=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,7 @@ import fitrl
 from fitrl_serverless import wire
 from helpers import group
 
+LONG = "FITRL_TEST_LONG" in os.environ  # all kill points, all clients, many examples: minutes more
 JSON = {"content-type": "application/json"}
 
 

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
 import httpx
 import pytest
 import torch
-from asking import JSON, ended, events, job_body, make_model, steps, submit
+from asking import JSON, LONG, ended, events, job_body, make_model, steps, submit
 from safetensors.torch import load, load_file
 
 import fitrl
 from helpers import group
 
-# all of them take minutes; the two that a job is easiest lost or doubled in are always tried
-EVERYTHING = "FITRL_TEST_ALL_FAULTS" in os.environ
+# those that a job is easiest lost or doubled in are always tried
 WORKER_POINTS = ["settled", "saved"]
-if EVERYTHING:
+if LONG:
     WORKER_POINTS = ["claimed", "begun", "trained", "settled", "saving", "saved", "ended"]
-SERVER_POINTS = ["receiving", "submitted"] if EVERYTHING else ["submitted"]
+SERVER_POINTS = ["receiving", "submitted"] if LONG else ["submitted"]
 ENDED = ["training_started", "gradient_step", "training_ended"]
 
 

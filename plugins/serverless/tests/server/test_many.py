@@ -1,19 +1,22 @@
-"""Fifty clients at once, two hundred small jobs, some sent twice: none is lost, none is doubled."""
+"""Many clients at once, jobs that are sent twice: none is lost, none is doubled.
+
+Fifty clients and two hundred jobs with FITRL_TEST_LONG, ten clients without.
+"""
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from asking import ended, events, job_body, make_model, steps, submit
+from asking import LONG, ended, events, job_body, make_model, steps, submit
 
 from fitrl_serverless.server.database import Database
 
-CLIENTS, JOBS = 50, 4
+CLIENTS, JOBS = 50 if LONG else 10, 4
 
 
 @pytest.mark.slow
-def test_fifty_clients_with_two_hundred_jobs(serve) -> None:
+def test_many_clients_with_many_jobs(serve) -> None:
     server = serve("--max-jobs", "1000")
 
     def work(number: int) -> tuple[list[str], list[int]]:

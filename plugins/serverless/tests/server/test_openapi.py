@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
-
 import httpx
 import pytest
 import schemathesis
-from asking import ended, job_body, make_model, submit
+from asking import LONG, ended, job_body, make_model, submit
 from hypothesis import HealthCheck, given, settings
 from schemathesis import Case, GenerationMode
 from schemathesis.checks import CHECKS, load_all_checks
 
-MANY = int(os.environ.get("FITRL_TEST_EXAMPLES", "6"))
+MANY = 40 if LONG else 5
 # 422 also stands for what a schema cannot say: epsilon above 1, a chat without messages, an Idempotency-Key used before
 EXCEPT = ["positive_data_acceptance"]
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from asking import job_body
+from safetensors.torch import load_file
 
 import fitrl
 from fitrl_serverless import wire
@@ -16,11 +18,14 @@ from fitrl_serverless.server.answers import Once
 from fitrl_serverless.server.checkpoints import Checkpoints
 from fitrl_serverless.server.database import Database
 from fitrl_serverless.server.job import Job, Outcome
+from fitrl_serverless.server.orders import Orders
 from fitrl_serverless.server.paging import Page
 from fitrl_serverless.server.queue import Queue
 from fitrl_serverless.server.registry import Registry
 from fitrl_serverless.server.settings import Limits, Settings
+from fitrl_serverless.server.training import Training
 from fitrl_serverless.server.worker import recover
+from helpers import group
 
 NEVER = Once.of("alice", None)
 OUTCOME = Outcome(step=1, num_optimizer_steps=1, dropped={}, metrics={"loss/train": 0.5, "ratio/max": "NaN"})
@@ -110,6 +115,34 @@ def test_a_cancelled_job_is_not_taken_up_again(parts) -> None:
     assert not parts.queue.settle(job, OUTCOME)
     recover(parts.queue, parts.registry, parts.settings)
     assert parts.queue.get("alice", job_id).status == "cancelled"
+
+
+def test_a_job_that_is_cancelled_while_it_trains_leaves_no_trace(parts) -> None:
+    model = parts.make_model()
+    ids = [parts.submit(model) for _ in range(3)]
+    orders = Orders(parts.database, "worker", is_first=True)
+    with fitrl.LocalTrainer(accelerator="cpu", devices=1, enable_model_summary=False) as trainer:
+        training = Training(trainer, parts.database, parts.registry, parts.queue, orders)
+        for place, job_id in enumerate(ids):
+            job = parts.claim()
+            if place == 1:
+                parts.queue.cancel("alice", job_id)  # it has begun, so it is asked when its step was taken
+            training.train(job, training.read(job))
+    assert [parts.queue.get("alice", job_id).status for job_id in ids] == ["succeeded", "cancelled", "succeeded"]
+    assert [parts.queue.get("alice", job_id).step for job_id in ids] == [1, None, 2]
+    assert parts.kinds(ids[1]) == ["training_started", "training_cancelled"]
+    with fitrl.LocalTrainer(accelerator="cpu", devices=1, enable_model_summary=False) as trainer:
+        twin = fitrl.TrainableModel("twin", "tests", "tiny", root=parts.settings.state / "twin")
+        for _ in range(2):
+            trainer.fit_rl(twin, [group([0, 1, 0, 1])], learning_rate=1e-3)
+    for folder in (parts.settings.state / "models" / model, twin.run_dir):
+        assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["0001", "0002"]
+    weights, expected = (
+        load_file(folder / "checkpoints" / "0002" / "adapter_model.safetensors")
+        for folder in (parts.settings.state / "models" / model, twin.run_dir)
+    )
+    for name, tensor in expected.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-6, atol=1e-8)
 
 
 def test_the_open_model_goes_first_for_as_long_as_the_oldest_has_patience(parts) -> None:

@@ -1,30 +1,25 @@
 """`Connection`: requests to one service, with time limits, and repeated where a repetition cannot do harm.
 
-Enters: method, path, body. Leaves: the answer, or a `ServiceError`. One event loop on a thread of its
-own serves synchronous calls and the rollouts' event loops alike, over one pool of connections.
+Enters: method, path, body. Leaves: the answer, or a `ServiceError`. One event loop on a thread of its own serves
+synchronous calls and the rollouts' event loops alike, over one pool of connections.
 """
 
 from __future__ import annotations
 
 import asyncio
-import email.utils
 import json
-import logging
-import random
 import threading
-import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import httpx
-import tenacity
 
 from fitrl.errors import InvalidArgumentError
+from fitrl_serverless.client.address import check_url
 from fitrl_serverless.client.bodies import Body, FileBody
 from fitrl_serverless.client.errors import (
     MalformedAnswerError,
@@ -33,15 +28,11 @@ from fitrl_serverless.client.errors import (
     UnreachableError,
     of_status,
 )
+from fitrl_serverless.client.repetition import repeating, retry_after
 
 _T = TypeVar("_T")
-_log = logging.getLogger(__name__)
 REQUEST_TIMEOUT_S = 60.0
 RETRY_TIMEOUT_S = 300.0
-_FIRST_WAIT_S = 0.2
-_BACKOFF = tenacity.wait_random_exponential(multiplier=_FIRST_WAIT_S, max=20.0)
-_BUSY = (408, 425, 429, 500, 502, 503, 504)  # a later request may be answered
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _CHUNK = 1 << 16
 _MOST_ERROR_BYTES = 1 << 16
 
@@ -85,7 +76,7 @@ class Connection:
         retry_timeout_s: float = RETRY_TIMEOUT_S,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        self.url = _check_url(url)
+        self.url = check_url(url)
         if not key or not key.isascii() or not key.isprintable() or " " in key:
             raise InvalidArgumentError("the key must be printable ASCII without spaces")
         for name, value in (("request_timeout_s", request_timeout_s), ("retry_timeout_s", retry_timeout_s)):
@@ -213,14 +204,7 @@ class Connection:
         """Make attempts until one succeeds, fails for good, or the time is up."""
         if not repeatable:
             return await attempt()
-        retrying = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception(_may_pass),
-            wait=_wait_as_told,
-            stop=tenacity.stop_before_delay(self._retry_timeout_s),
-            before_sleep=_say,
-            reraise=True,
-        )
-        return await retrying(attempt)
+        return await repeating(self._retry_timeout_s)(attempt)
 
     def _limits(self, silence_s: float | None) -> httpx.Timeout:
         return httpx.Timeout(self._request_timeout_s if silence_s is None else silence_s, pool=None)
@@ -275,30 +259,11 @@ class Connection:
             request=what,
             status=status,
             request_id=request_id,
-            retry_after_s=_retry_after(response.headers.get("Retry-After")),
+            retry_after_s=retry_after(response.headers.get("Retry-After")),
         )
 
     def _without_key(self, words: str) -> str:
         return words.replace(self._key, "***")
-
-
-def _check_url(url: str) -> str:
-    try:
-        parts = urlsplit(url)
-        host = parts.hostname
-        parts.port  # noqa: B018 - raises where it is no number
-    except ValueError as error:
-        raise InvalidArgumentError(f"url={url!r} is no address: {error}") from error
-    if parts.scheme not in ("http", "https") or not host or parts.query or parts.fragment:
-        raise InvalidArgumentError(f"url must be like https://host/path, got {url!r}")
-    if parts.username or parts.password:
-        raise InvalidArgumentError("url must not hold a user or password: pass key=...")
-    if parts.scheme == "http" and host not in _LOOPBACK:
-        raise InvalidArgumentError(
-            f"url={url!r}: the key and the trajectories would cross the network unencrypted; put the service behind "
-            "https, or reach it through a tunnel on 127.0.0.1"
-        )
-    return url.rstrip("/")
 
 
 def _words(body: bytes) -> str:
@@ -312,37 +277,3 @@ def _words(body: bytes) -> str:
         if isinstance(said, dict) and said.get(name):
             said = said[name]
     return said if isinstance(said, str) else json.dumps(said)
-
-
-def _retry_after(value: str | None) -> float | None:
-    """Seconds to wait, from the header's number or date."""
-    if value is None:
-        return None
-    if value.strip().isdecimal():
-        return float(value)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
-        return None
-
-
-def _may_pass(error: BaseException) -> bool:
-    """Whether the same request may succeed later."""
-    if isinstance(error, ServiceTimeoutError | UnreachableError):
-        return True
-    return isinstance(error, ServiceError) and error.status in _BUSY
-
-
-def _wait_as_told(state: tenacity.RetryCallState) -> float:
-    """As long as the service asked, and a little more; else anything up to a window that doubles each time."""
-    error = state.outcome.exception() if state.outcome is not None else None
-    if isinstance(error, ServiceError) and error.retry_after_s is not None:
-        return error.retry_after_s + random.uniform(0, _FIRST_WAIT_S)
-    return _BACKOFF(state)
-
-
-def _say(state: tenacity.RetryCallState) -> None:
-    """Tell from the second failure on, so that nobody waits for a wrong address without knowing."""
-    error = state.outcome.exception() if state.outcome is not None else None
-    if state.attempt_number >= 2:
-        _log.warning("attempt %d failed and is repeated: %s", state.attempt_number, error)

@@ -129,7 +129,7 @@ class Jobs:
             async with asyncio.timeout(self.total_timeout_s):
                 if record.job_id is None:
                     await self._submit(record, run_dir)
-                outcome = await self._watch(str(record.job_id), tell)
+                outcome = await self._watch_known(str(record.job_id), tell)
         except TimeoutError as error:
             if isinstance(error, ServiceTimeoutError):
                 raise
@@ -140,23 +140,27 @@ class Jobs:
         except (JobFailedError, JobCancelledError):
             record.discard(run_dir)
             raise
-        except NotFoundError as error:
-            raise NotFoundError(
-                f"the service does not know job {record.job_id}, or this key may not see it ({error.detail}); if it is "
-                "lost for good, trainer.forget(model) drops it",
-                request=error.request,
-                status=error.status,
-                request_id=error.request_id,
-            ) from error
         return outcome
 
     async def _submit(self, record: PendingJob, run_dir: Path) -> None:
         try:
             record.job_id = await self.service.submit(record.body(run_dir), record.key)
-        except InvalidRequestError:
+        except (InvalidRequestError, NotFoundError):
             record.discard(run_dir)  # it is refused for good: nothing was trained, and nothing will be
             raise
         record.save(run_dir)
+
+    async def _watch_known(self, job_id: str, tell: Callable[[dict[str, float]], object]) -> JobOutcome:
+        try:
+            return await self._watch(job_id, tell)
+        except NotFoundError as error:
+            raise NotFoundError(
+                f"the service does not know job {job_id}, or this key may not see it ({error.detail}); if it is "
+                "lost for good, trainer.forget(model) drops it",
+                request=error.request,
+                status=error.status,
+                request_id=error.request_id,
+            ) from error
 
     async def _watch(self, job_id: str, tell: Callable[[dict[str, float]], object]) -> JobOutcome:
         outcome = JobOutcome()

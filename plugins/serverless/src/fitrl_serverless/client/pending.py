@@ -89,6 +89,7 @@ class PendingJob:
             with gzip.open(_body(run_dir, key), "wb", compresslevel=_COMPRESSION) as file:
                 for part in _parts(model_id, groups, told):
                     file.write(part)
+            _flush(_body(run_dir, key))
         except OSError as error:
             _body(run_dir, key).unlink(missing_ok=True)
             raise CheckpointError(f"the groups cannot be written to {run_dir}: {error}") from error
@@ -170,8 +171,9 @@ def _write_through(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _flush(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _flush(path: Path) -> None:
+    """Have a file or folder on the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -22,6 +22,7 @@ from fitrl_serverless import wire
 from fitrl_serverless.server.errors import RefusedError
 from fitrl_serverless.server.registry import Registry, StoredModel
 from fitrl_serverless.server.settings import Settings
+from fitrl_serverless.wire.groups import plain
 
 _DEFAULT_TOKENS = 256
 
@@ -129,7 +130,7 @@ class Chats:
 def _prompt(body: wire.ChatRequest, sampler: fitrl.TransformersSampler) -> list[int]:
     if body.prompt_token_ids is not None:
         return body.prompt_token_ids
-    messages: list[dict[str, Any]] = [message.model_dump(exclude_unset=True) for message in body.messages]
+    messages: list[dict[str, Any]] = [plain(message) for message in body.messages]
     return render_prompt(sampler.tokenizer, messages, body.tools)
 
 

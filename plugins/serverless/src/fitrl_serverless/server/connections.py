@@ -1,4 +1,4 @@
-"""Uvicorn, as this server runs it: says where it listens, and hangs up on who does not say what he wants."""
+"""Uvicorn, as this server runs it: says where it listens, and closes connections that ask for nothing."""
 
 from __future__ import annotations
 

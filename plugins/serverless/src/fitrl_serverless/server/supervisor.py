@@ -94,6 +94,7 @@ class Supervisor:
         return subprocess.Popen(
             [sys.executable, *launcher, *module],
             stdin=subprocess.PIPE,  # never written to; its end is what the worker listens for
+            stdout=2,  # standard output is the server's: where it listens
             env=os.environ | {WORKER: self._worker},
             start_new_session=True,
         )
