@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 DEFAULT_TIMEOUT_S = 600.0  # a large model may take minutes to be loaded
 DEFAULT_LAYERS = {"train_mlp": True, "train_attn": True, "train_unembed": False}
 _PASSING_S = 24 * 3600  # weights that are sampled from until the next step only
-_NORM_KEYS = ("grad_norm", "grad_norm:mean", "unclipped_grad_l2:mean", "unclipped_grad_l2")
+_NORM_KEYS = ("grad_norm", "grad_norm:mean", "unclipped_grad_l2:mean", "skyrl.ai/grad_norm")  # servers differ
 
 
 @dataclass(frozen=True, slots=True)
