@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -255,18 +256,12 @@ def correct_length(task: Any, trajectory: fitrl.Trajectory) -> float:
 
 
 def test_the_command_line_learns_and_resumes(service, tmp_path, capsys) -> None:
-    common = [
-        "--backend",
-        "tinker",
-        "--model.project",
-        "cli",
-        "--model.root",
-        str(tmp_path),
-        "--model.base_model",
-        "tiny",
-    ]
-    common += ["--rollout.tasks", "fitrl.demo.TASKS", "--rollout.reward", "fitrl.demo.correct", "--progress", "false"]
-    common += ["--rollout.group_size", "4", "--rollout.max_new_tokens", "2", "--fit_rl.deploy_checkpoint", "true"]
+    model = {"project": "cli", "root": str(tmp_path), "base_model": "tiny"}
+    rollout = {"tasks": "fitrl.demo.TASKS", "reward": "fitrl.demo.correct", "tasks_per_step": "4"}
+    rollout |= {"group_size": "4", "max_new_tokens": "2"}
+    common = ["--backend", "tinker", "--progress", "false", "--fit_rl.deploy_checkpoint", "true"]
+    for section, values in (("model", model), ("rollout", rollout)):
+        common += [part for name, value in values.items() for part in (f"--{section}.{name}", value)]
     assert main([*common, "--model.name", "adder", "--steps", "2"]) == 0
     [run] = (tmp_path / "cli").iterdir()
     assert trainer_class("tinker") is TinkerTrainer and (run / "tinker.json").is_file()
@@ -274,3 +269,19 @@ def test_the_command_line_learns_and_resumes(service, tmp_path, capsys) -> None:
     assert main(["--resume", str(run), "--steps", "3"]) == 0
     assert len(service.created) == created and "load" in service.log
     assert "reward" in capsys.readouterr().out
+
+
+def test_the_example_of_the_readme_runs(service, tmp_path, monkeypatch, capsys) -> None:
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    assert len(code.strip().splitlines()) <= 25
+    for written, here in (("Qwen/Qwen3-8B", "tiny"), ("range(50)", "range(2)"), ("=256", "=2"), ("[:16]", "[:2]")):
+        assert written in code
+        code = code.replace(written, here)
+    monkeypatch.chdir(tmp_path)
+    # seldom right, so that groups would be flat
+    code = code.replace('float(str(task["sum"]) in', 'float(len(str(task["sum"])) > 0) * sum(map(ord,').replace(
+        ".text)", ".text))"
+    )
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    assert "tinker://run" in capsys.readouterr().out
