@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
         except GroupError as error:
             return fail(f"{error} ({where(error.exceptions[-1])})", 1)
         except KeyboardInterrupt:
-            if not cli.model.checkpoints():
+            if not cli.model.checkpoints() and not cli.model.step:  # a service holds its checkpoints itself
                 return fail("interrupted before anything was learned", INTERRUPTED)
             return fail(f"interrupted; go on with: fitrl fit_rl --resume {cli.model.run_dir}", INTERRUPTED)
     return 0
