@@ -22,7 +22,7 @@ from fitrl.data.packing import pack
 from fitrl.data.samples import Sample
 from fitrl.demo import TASKS, correct
 from fitrl.discovery import trainer_class
-from fitrl.errors import InvalidArgumentError, RunLockedError, UnknownArgumentError
+from fitrl.errors import CheckpointError, InvalidArgumentError, RunLockedError, UnknownArgumentError
 from samples import make_groups, make_samples
 
 
@@ -160,6 +160,14 @@ def test_going_back_makes_the_older_state_the_newest_when_it_is_saved(service, t
     with TinkerTrainer(enable_model_summary=False) as again:
         again.open(model)
         assert again.global_step == 2
+
+
+def test_a_run_keeps_its_rank(service, tmp_path) -> None:
+    with TinkerTrainer() as trainer:
+        trainer.fit_rl(make_model(tmp_path), make_groups(seed=1))
+    wider = TrainableModel("policy", "runs", "tiny", lora=LoraSettings(rank=8), root=tmp_path)
+    with TinkerTrainer() as again, pytest.raises(CheckpointError, match="rank"):
+        again.open(wider)
 
 
 def test_every_own_argument_has_an_effect(service, trainer, tmp_path, capsys) -> None:
