@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
 
-.PHONY: demo test test-vllm lint setup clean
+.PHONY: demo test test-tinker test-vllm lint setup clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fitrl demo
@@ -28,6 +28,22 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# A real server that speaks the Tinker service's protocol; its pins are its own, so is its environment.
+TINKER := plugins/tinker
+
+test-tinker: $(VENV)/.installed-test $(TINKER)/.server/.installed $(TINKER)/.sdk/.installed
+	FITRL_TINKER_SERVER_PYTHON=$(CURDIR)/$(TINKER)/.server/bin/python PYTHONPATH=$(CURDIR)/$(TINKER)/.sdk \
+		$(BIN)/python -m pytest $(TINKER)/tests/test_real_server.py
+
+$(TINKER)/.server/.installed:
+	$(PYTHON) -m venv $(TINKER)/.server
+	$(TINKER)/.server/bin/python -m pip install --quiet 'skyrl[tinker,jax]==0.3.0' 'tinker==0.24.1' 'torch==2.13.0' uv
+	touch $@
+
+$(TINKER)/.sdk/.installed:
+	$(PYTHON) -m pip install --quiet --no-deps --target $(TINKER)/.sdk 'tinker==0.24.1'
+	touch $@
+
 setup: $(VENV)/.installed-test
 
 $(BIN)/python:
@@ -43,4 +59,4 @@ $(VENV)/.installed-test: $(VENV)/.installed $(PLUGINS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) plugins/*/.venv .fitrl .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) plugins/*/.venv $(TINKER)/.server $(TINKER)/.sdk .fitrl .mypy_cache .ruff_cache .pytest_cache .hypothesis

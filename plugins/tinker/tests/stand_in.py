@@ -9,6 +9,7 @@ submission, and their futures tell a log when they are waited for.
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.resources
 import math
 import random
@@ -159,6 +160,11 @@ class _Session:
 
 
 def _network() -> Any:
+    return copy.deepcopy(_base())
+
+
+@functools.cache
+def _base() -> Any:
     folder = importlib.resources.files("fitrl.assets") / "tiny"
     return AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float64).train()
 

@@ -87,7 +87,7 @@ def test_the_same_groups_give_the_same_loss_and_gradient(arguments, service, loc
     for one, other in zip(here, there, strict=True):  # the second call sees the weights that the first one left
         assert other["objective/exact"] == 1.0
         for key in METRICS:
-            assert other[key] == pytest.approx(one[key], rel=2e-6, abs=2e-7), key
+            assert other[key] == pytest.approx(one[key], rel=2e-5, abs=2e-6), key
 
 
 def test_every_pair_of_values_meets() -> None:

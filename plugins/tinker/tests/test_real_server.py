@@ -95,7 +95,7 @@ def test_twenty_steps_then_a_crash_then_on(server, tmp_path) -> None:
             trainer.fit_rl(model, groups, learning_rate=4e-3, save_checkpoint=False)
         strategy.submit = submit  # type: ignore[method-assign]
         assert (trainer.global_step, model.step) == (step, step)
-        with pytest.raises(ServiceError, match="no service answers"):
+        with pytest.raises(ServiceError, match="there is no service at"):
             trainer.fit_rl(model, groups, learning_rate=4e-3)
         assert trainer.global_step == step
 
@@ -117,6 +117,15 @@ def test_twenty_steps_then_a_crash_then_on(server, tmp_path) -> None:
         assert float((trained - batch.loss_inputs.rollout_logprobs).abs().max()) < 1e-4
 
 
+class Close(dict[str, float]):
+    """Metrics that are equal up to rounding: on several threads this server's sums come in another order each time."""
+
+    def __eq__(self, other: object) -> bool:
+        return bool(dict(self) == pytest.approx(other, rel=1e-3, abs=1e-4))
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 class TestFitRL(SupportsFitRLContract):
     backend = "tinker"
     exact = False
@@ -127,6 +136,9 @@ class TestFitRL(SupportsFitRLContract):
     @pytest.fixture(autouse=True)
     def reached(self, server) -> None:
         self.server = server
+
+    def _call(self, *arguments: Any) -> Close:
+        return Close(super()._call(*arguments))
 
     def model(self, setup: Setup, name: str = "policy") -> TrainableModel:
         return make_model(self.server, setup.folder, name)

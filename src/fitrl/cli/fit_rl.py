@@ -26,6 +26,7 @@ from fitrl.cli.loop import learn
 from fitrl.cli.naming import name_run
 from fitrl.discovery import trainer_class
 from fitrl.errors import FitRLError, GroupError
+from fitrl.strategies.verbs import PolicyVerbs
 from fitrl_command import INTERRUPTED, fail
 
 WRONG = 2
@@ -55,8 +56,8 @@ def main(arguments: Sequence[str]) -> int:
         except GroupError as error:
             return fail(f"{error} ({where(error.exceptions[-1])})", 1)
         except KeyboardInterrupt:
-            keeps_here = "save_checkpoint" in cli.arguments  # a service keeps its checkpoints itself
-            if not (cli.model.checkpoints() if keeps_here else cli.model.step):
+            keeps_here = isinstance(cli.trainer.strategy, PolicyVerbs)  # else a service keeps the checkpoints
+            if not cli.model.checkpoints() and (keeps_here or not cli.model.step):
                 return fail("interrupted before anything was learned", INTERRUPTED)
             return fail(f"interrupted; go on with: fitrl fit_rl --resume {cli.model.run_dir}", INTERRUPTED)
     return 0

@@ -5,15 +5,16 @@ Enters: groups. Leaves: one microbatch per optimizer step, which the strategy su
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from fitrl.data.batch import Batch
 from fitrl.data.groups import TrajectoryGroup
 from fitrl.data.packing import deal, pack
 from fitrl.data.samples import SampleSet, build_samples
-from fitrl.errors import DataError
+from fitrl.errors import DataError, InvalidArgumentError
 from fitrl.policy.model import TrainableModel
+from fitrl.policy.optimizers import AdamWSettings
 from fitrl.rollout.sampler import Sampler
 from fitrl.strategies.remote import RemoteStrategy
 from fitrl.trainers.base import RLTrainer
@@ -24,12 +25,41 @@ from fitrl.trainers.settings import UpdateSettings
 class RemoteTrainer(RLTrainer):
     """A trainer whose strategy is a `RemoteStrategy`; subclasses are backends.
 
+    Args:
+        strategy: which service, and how it is reached.
+        optimizer: AdamW's settings, but for the learning rate.
+        lr_schedule: factor on the learning rate, by optimizer steps taken.
+        **lightning_options: of `lightning.Trainer`.
+
     Attributes:
         temperature: the only one that can be learned from; None: any.
     """
 
     strategy_kind: ClassVar[type[Any]] = RemoteStrategy
     temperature: ClassVar[float | None] = 1.0
+
+    def __init__(
+        self,
+        *,
+        strategy: RemoteStrategy,
+        optimizer: AdamWSettings = AdamWSettings(),  # noqa: B008 - frozen
+        lr_schedule: Callable[[int], float] | None = None,
+        **lightning_options: Any,
+    ) -> None:
+        for name in ("compile", "activation_checkpointing", "sampler"):
+            if name in lightning_options:
+                raise InvalidArgumentError(f"{type(self).__name__} takes no {name}: the policy is on a service")
+        lightning_options.pop("enable_model_summary", None)
+        super().__init__(
+            strategy=strategy,
+            optimizer=optimizer,
+            lr_schedule=lr_schedule,
+            compile=False,
+            activation_checkpointing=False,
+            sampler=None,
+            enable_model_summary=False,  # of one placeholder
+            **lightning_options,
+        )
 
     @property
     def remote_verbs(self) -> RemoteStrategy:

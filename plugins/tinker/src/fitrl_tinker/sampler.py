@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,7 @@ class TinkerSampler:
         self._client: Any = None
         self._session: object = None
         self._closed = False
+        self._lock = threading.Lock()  # requests that come together need one client
         self.move(path, version)
 
     def __repr__(self) -> str:
@@ -62,7 +64,8 @@ class TinkerSampler:
 
     def move(self, path: str | None, version: int) -> None:
         """Answer with other saved weights from now on; requests under way are answered with the old ones."""
-        self._path, self._version, self._client = path, version, None
+        with self._lock:
+            self._path, self._version, self._client = path, version, None
 
     def update(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Refuse: weights do not travel to the service, they are deployed there.
@@ -103,8 +106,8 @@ class TinkerSampler:
         self._check(prompt_ids, n, max_new_tokens, temperature, top_p, top_k, stop)
         import tinker
 
-        version, request = self._version, f"sample {n} completions of {max_new_tokens} tokens at most"
-        client = await asyncio.to_thread(self._connected)
+        request = f"sample {n} completions of {max_new_tokens} tokens at most"
+        client, version = await asyncio.to_thread(self._connected)
         endings: list[int] | list[str] = list(self._stop_ids)
         if stop:  # a request takes ids or strings, not both
             endings = [*stop, *(str(self.tokenizer.decode([token])) for token in self._stop_ids)]
@@ -148,11 +151,12 @@ class TinkerSampler:
             )
         return completions
 
-    def _connected(self) -> Any:
-        if self._client is None or self._session is not self._service.session:
-            self._client = self._service.sampling_client(base_model=self._base_model, path=self._path)
-            self._session = self._service.session
-        return self._client
+    def _connected(self) -> tuple[Any, int]:
+        with self._lock:
+            if self._client is None or self._session is not self._service.session:
+                self._client = self._service.sampling_client(base_model=self._base_model, path=self._path)
+                self._session = self._service.session
+            return self._client, self._version
 
     def _text(self, ids: Sequence[int], stop: Sequence[str]) -> str:
         kept = list(ids[:-1]) if ids and ids[-1] in self._stop_ids else list(ids)

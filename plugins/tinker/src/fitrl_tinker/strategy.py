@@ -16,7 +16,7 @@ import lightning
 from typing_extensions import override
 
 from fitrl.data.batch import Batch
-from fitrl.errors import InvalidArgumentError, UnsupportedError
+from fitrl.errors import CheckpointError, InvalidArgumentError, UnsupportedError
 from fitrl.objective.objective import CustomObjective, Objective
 from fitrl.policy.batch_loss import batch_loss
 from fitrl.policy.loading import LoraSettings
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 DEFAULT_TIMEOUT_S = 600.0  # a large model may take minutes to be loaded
 DEFAULT_LAYERS = {"train_mlp": True, "train_attn": True, "train_unembed": False}
 _PASSING_S = 24 * 3600  # weights that are sampled from until the next step only
-_NORM_KEYS = ("grad_norm", "grad_norm:mean", "unclipped_grad_l2:mean", "unclipped_grad_l2")
+_NORM_KEYS = ("grad_norm", "grad_norm:mean", "unclipped_grad_l2:mean", "skyrl.ai/grad_norm")  # servers differ
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,10 +273,22 @@ class TinkerStrategy(RemoteStrategy):
         state = read_uri(uri)
         if state.kind == "sampler":
             raise InvalidArgumentError(f"{uri} can only be sampled from: load one of /weights/")
+        self._check_created_with(uri)
         client = self.service.resume(uri, with_optimizer=state.kind == "training")
         self._forget_run()
         self._client, self._stands_on = client, state
         return state.step
+
+    def _check_created_with(self, uri: str) -> None:
+        """Refuse to go on with another base model or rank than the run was created with: they would have no effect."""
+        model, created = self.policy_module.model, self.note.created_with
+        asked = {"base_model": model.base_model, "rank": None if model.lora is None else model.lora.rank}
+        held = {name: created[name] for name in asked if name in created}
+        if held and held != asked and uri in {state.uri for state in self.note.states}:
+            raise CheckpointError(
+                f"{uri} was created with {held}, the open model asks for {asked}; use the same, or another name for "
+                "the model"
+            )
 
     @override
     def newest(self) -> str | None:

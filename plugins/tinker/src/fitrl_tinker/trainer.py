@@ -67,9 +67,8 @@ class TinkerTrainer(RemoteTrainer):
         lr_schedule: Callable[[int], float] | None = None,
         **lightning_options: Any,
     ) -> None:
-        for name in ("strategy", "sampler", "compile", "activation_checkpointing"):
-            if name in lightning_options:
-                raise InvalidArgumentError(f"TinkerTrainer takes no {name}: the policy is on the service")
+        if "strategy" in lightning_options:
+            raise InvalidArgumentError("TinkerTrainer takes no strategy: it makes its own")
         super().__init__(
             strategy=TinkerStrategy(base_url=base_url, api_key=api_key, lora_seed=lora_seed, timeout=timeout),
             optimizer=optimizer,
