@@ -14,7 +14,7 @@ import httpx
 import psutil
 import pytest
 
-from conftest import nothing_left_behind, one_thread  # of the core's tests, whose folder is on the path
+from isolation import nothing_left_behind, one_thread  # of the core's tests, whose folder is on the path
 
 sys.path.insert(0, str(Path(__file__).parent / "server"))  # for asking, which the server tests share
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import nothing_left_behind, one_thread  # of the core's tests, whose folder is on the path
+from isolation import nothing_left_behind, one_thread  # of the core's tests, whose folder is on the path
 
 sys.path.insert(0, str(Path(__file__).parent))  # for stand_in, which the plugin's tests share
 

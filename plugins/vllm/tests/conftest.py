@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import fitrl
-from conftest import nothing_left_behind, one_thread  # of the core's tests, whose folder is on the path
+from isolation import nothing_left_behind, one_thread  # of the core's tests, whose folder is on the path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from stand_in import StandIn
+from vllm_stand_in import StandIn
 
 __all__ = ["nothing_left_behind", "one_thread"]
 
@@ -25,7 +25,7 @@ def small_policy(folder: Path, *, tied: bool) -> Path:
     tokenizer = fitrl.load_tokenizer("tiny")
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=262,
+        vocab_size=272,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,

@@ -13,7 +13,7 @@ from pathlib import Path
 import openai
 import psutil
 import pytest
-from test_sampler import CPU, by_transformers
+from vllm_cases import CPU, by_transformers
 
 import fitrl
 from fitrl_vllm import EngineError, InProcessEngine, Recorder, StaleWeightsError, VLLMSampler, VLLMServer
@@ -130,9 +130,7 @@ def test_an_engine_that_keeps_its_old_head_is_noticed(tied, tied_server, tmp_pat
         learn(trainer, model, 2, 3e-3)
 
 
-def test_an_engine_that_is_killed_in_mid_rollout_comes_back_with_the_newest_weights(
-    tied, tied_server, tmp_path
-) -> None:
+def test_an_engine_killed_in_mid_rollout_comes_back_with_the_newest_weights(tied, tied_server, tmp_path) -> None:
     model = model_of(tied, tmp_path)
     starts = tied_server.num_starts
 
@@ -141,7 +139,7 @@ def test_an_engine_that_is_killed_in_mid_rollout_comes_back_with_the_newest_weig
             killed.append(True)
             [engine] = [
                 process
-                for process in psutil.Process().children(recursive=True)
+                for process in psutil.Process(tied_server._process.pid).children(recursive=True)
                 if "EngineCore" in " ".join(process.cmdline())
             ]
             os.kill(engine.pid, signal.SIGKILL)
@@ -175,9 +173,18 @@ def test_a_server_that_cannot_start_says_why(tmp_path) -> None:
         server.start()
 
 
-def test_an_engine_in_this_process(untied, tmp_path, monkeypatch) -> None:
+@pytest.fixture
+def own_environment(monkeypatch) -> Iterator[None]:
+    """vLLM sets variables as it likes when it starts in this process."""
+    before = dict(os.environ)
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def test_an_engine_in_this_process(untied, tmp_path, own_environment) -> None:
     import vllm
 
     llm = vllm.LLM(

@@ -7,7 +7,7 @@ import asyncio
 import httpx
 import openai
 import pytest
-from test_sampler import CPU, by_transformers
+from vllm_cases import CPU, by_transformers
 
 import fitrl
 from fitrl.data.tokens import tokenize

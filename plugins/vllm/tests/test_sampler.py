@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from vllm_cases import CPU, by_transformers
 
 import fitrl
 from fitrl.errors import InvalidArgumentError, SamplerError
@@ -15,7 +15,6 @@ from fitrl.rollout.sampler import ProvesWeights
 from fitrl_vllm import EngineError, EngineTimeoutError, StaleWeightsError, VLLMSampler
 
 PROMPT = [72, 101, 108, 108, 111]
-CPU = {"accelerator": "cpu", "devices": 1, "enable_model_summary": False}
 LORA = fitrl.LoraSettings(rank=4)
 
 
@@ -37,13 +36,6 @@ def adapted(untied, tmp_path) -> fitrl.TrainableModel:
 def sampler(model, server):
     with VLLMSampler(model, server.url, tolerance=1e-4, timeout_s=20) as sampler:
         yield sampler
-
-
-def by_transformers(folder, prompt, said, temperature=1.0) -> list[float]:
-    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    with torch.no_grad():
-        logits = network(torch.tensor([[*prompt, *said]])).logits[0, len(prompt) - 1 : -1]
-    return (logits / temperature).log_softmax(-1).gather(1, torch.tensor(said)[:, None]).squeeze(1).tolist()
 
 
 def test_is_a_sampler_that_proves_its_weights(sampler) -> None:
