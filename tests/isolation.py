@@ -17,6 +17,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    # transformers imports DeepSpeed where it is installed, which would say on standard output that it found no GPU
+    os.environ["DS_ACCELERATOR"] = "cpu"
 
 from hypothesis import HealthCheck, settings  # noqa: E402
 

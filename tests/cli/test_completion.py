@@ -40,7 +40,7 @@ def script(tmp_path_factory):
         (["fit_rl", "--fit_rl.kl_in", ""], {"loss", "advantage"}),
         (["fit_rl", "--fit_rl.ppo", ""], {"true", "false"}),
         (["fit_rl", "--trainer.prec"], {"--trainer.precision"}),
-        (["fit_rl", "--backend", ""], {"local"}),
+        (["fit_rl", "--backend", "lo"], {"local"}),
     ],
 )
 def test_bash_completes(script, typed, expected) -> None:

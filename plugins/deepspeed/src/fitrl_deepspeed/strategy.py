@@ -79,13 +79,14 @@ class DeepSpeedRLStrategy(PolicyVerbs, ZeroStrategy):
 
     # -- what PolicyModule asks for -----------------------------------------------------------------------------
 
-    def shard(self, policy: Policy, *, precision: str, moments: str) -> None:
+    def shard(self, policy: Policy, *, precision: str, moments: str, compiles: bool) -> None:
         """Bring a policy that was just loaded to the device; in stage 3 only this rank's slices of its weights.
 
         Args:
             policy: on the CPU, the same on every rank.
             precision: Lightning's.
             moments: of AdamW; bitsandbytes' cannot be cut.
+            compiles: whether decoder layers are compiled; in stage 3 they cannot be.
         """
         from fitrl_deepspeed import pieces
 
@@ -93,6 +94,11 @@ class DeepSpeedRLStrategy(PolicyVerbs, ZeroStrategy):
             raise UnsupportedError(
                 f"AdamWSettings(moments={moments!r}) cannot be cut into pieces: take 'float32' with "
                 "strategy='fitrl_deepspeed', or strategy='fitrl_ddp'"
+            )
+        if self.zero_stage == 3 and compiles:
+            raise UnsupportedError(
+                "compile=True with zero_stage=3: each layer's weights come and go inside of what is compiled; take "
+                "zero_stage=2, or strategy='fitrl_fsdp2'"
             )
         config = self.full_config()
         if self.zero_stage == 3:
