@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+# before anything that imports Triton
+from isolation import nothing_left_behind, one_thread
+
+# isort: split
 import copy
 
 import pytest
@@ -9,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 
 from fitrl.policy.loading import load_policy
 from fitrl.policy.policy import Policy
-from isolation import nothing_left_behind, one_thread
 
 __all__ = ["nothing_left_behind", "one_thread"]
 
