@@ -83,7 +83,7 @@ def test_adapters_load_in_peft_as_they_are(trainer, tmp_path) -> None:
 def by_hand(model, calls, rates) -> torch.Tensor:
     """The same updates by plain torch: one AdamW that lives through all calls."""
     network = AutoModelForCausalLM.from_pretrained(
-        fitrl.policy.loading._resolve("tiny")[0], dtype=torch.float32
+        fitrl.policy.loading.resolve_base_model("tiny")[0], dtype=torch.float32
     ).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     for groups, rate in zip(calls, rates, strict=True):

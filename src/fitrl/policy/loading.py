@@ -66,7 +66,7 @@ def load_tokenizer(base_model: str) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    folder, options = _resolve(base_model)
+    folder, options = resolve_base_model(base_model)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **options)
     except (OSError, ValueError, struct.error) as error:
@@ -98,7 +98,7 @@ def load_policy(
     from transformers import AutoModelForCausalLM
 
     is_adapter_folder = weights is not None and (weights / "adapter_config.json").is_file()
-    folder, options = _resolve(base_model) if weights is None or is_adapter_folder else (str(weights), {})
+    folder, options = resolve_base_model(base_model) if weights is None or is_adapter_folder else (str(weights), {})
     try:
         with _no_progress_bars():
             network: Any = AutoModelForCausalLM.from_pretrained(
@@ -223,8 +223,13 @@ def _no_progress_bars() -> Iterator[None]:
             hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def _resolve(base_model: str) -> tuple[str, dict[str, str]]:
-    """What `from_pretrained` takes for a base model."""
+def resolve_base_model(base_model: str) -> tuple[str, dict[str, str]]:
+    """What `from_pretrained` takes for a base model: a hub id or a folder, and options.
+
+    Raises:
+        ModelNotFoundError: a file or folder that is not there.
+        MissingDependencyError: a GGUF file, and no package that reads them.
+    """
     if base_model == "tiny":
         return str(importlib.resources.files("fitrl.assets") / "tiny"), {}
     path = Path(base_model).expanduser()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fitrl.data.completion import Completion
 from fitrl.errors import InvalidArgumentError, SamplerError, UnsupportedError
+from fitrl.policy.loading import resolve_base_model
 from fitrl_tinker.service import Service
 
 if TYPE_CHECKING:
@@ -197,7 +198,7 @@ def stop_ids(base_model: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, 
 
     found = {tokenizer.eos_token_id}
     try:
-        configured = GenerationConfig.from_pretrained(base_model).eos_token_id
+        configured = GenerationConfig.from_pretrained(resolve_base_model(base_model)[0]).eos_token_id
         found.update(configured if isinstance(configured, list) else [configured])
     except (OSError, ValueError):
         pass  # a model without any
