@@ -118,7 +118,7 @@ def test_n_steps_a_new_trainer_and_m_steps_are_n_plus_m_steps(lora, tmp_path) ->
     with fitrl.LocalTrainer(**options) as trainer:
         rewards = loop(trainer, whole, 8)
         expected = digest(trainer.verbs.named_weights())
-        expected_state = trainer.verbs._state()
+        expected_state = trainer.verbs._state(trainer.verbs.moments())
     start()
     with fitrl.LocalTrainer(**options) as trainer:
         resumed = loop(trainer, parts, 4)
@@ -129,7 +129,7 @@ def test_n_steps_a_new_trainer_and_m_steps_are_n_plus_m_steps(lora, tmp_path) ->
     with fitrl.LocalTrainer(**options) as trainer:
         resumed += loop(trainer, parts, 8)
         assert digest(trainer.verbs.named_weights()) == expected
-        state = trainer.verbs._state()
+        state = trainer.verbs._state(trainer.verbs.moments())
     assert resumed == rewards
     for key in ("rng", "reward_history"):
         assert state[key] == expected_state[key]

@@ -64,7 +64,7 @@ class TestUnderLightning(LightningFitRLContract):
     def open_trainer(self, setup: Setup, *callbacks: Callback, **options) -> AbstractContextManager[ServerlessTrainer]:
         return opened(self.server, lr_schedule=setup.lr_schedule, callbacks=list(callbacks), **options)
 
-    def _model(self, setup: Setup) -> fitrl.TrainableModel:
+    def model(self, setup: Setup, name: str = "policy") -> fitrl.TrainableModel:
         return model_in(setup.folder)
 
 
