@@ -48,8 +48,8 @@ _ALLOWED_ENVIRONMENT = {
 }
 # threads that libraries keep for the life of the process, once they are first used; Dummy: not started by Python
 _ALLOWED_THREADS = ("tqdm_monitor", "InductorSubproc", "subproc_worker_timer", "pin_memory", "Dummy-")
-# processes that libraries keep likewise: a compiler's, and MPI's daemon where it is installed
-_COMPILER, _MPI = "compile_worker", "orted"
+# processes that libraries keep likewise: a compiler's, multiprocessing's, and MPI's daemon where it is installed
+_KEPT, _MPI = ("compile_worker", "multiprocessing.resource_tracker"), "orted"
 _GRACE_S = 5.0
 
 
@@ -73,6 +73,11 @@ def _family(process: psutil.Process) -> list[psutil.Process]:
         return process.children(recursive=True)
     except psutil.NoSuchProcess:
         return []
+
+
+def _is_kept(line: str) -> bool:
+    """Whether a command line is of a process that a library keeps."""
+    return any(kept in line for kept in _KEPT) or line.split()[0] == _MPI
 
 
 @pytest.fixture(autouse=True)
@@ -112,7 +117,11 @@ def nothing_left_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
     for elder in started:
         for child in _family(elder):
             children.pop(child, None)
-    ours = [child for child, line in children.items() if line and _COMPILER not in line and line.split()[0] != _MPI]
+    ours = [
+        child
+        for child, line in children.items()
+        if line and not any(kept in line for kept in _KEPT) and line.split()[0] != _MPI
+    ]
     _, alive = psutil.wait_procs(ours, timeout=_GRACE_S)
     processes = [children[child] for child in alive]
     for child in alive:

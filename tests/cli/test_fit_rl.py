@@ -266,7 +266,7 @@ MISTAKES = {
     "no such file of tasks": (["--rollout.tasks", "nowhere.jsonl"], "there is no file nowhere.jsonl"),
     "more tasks than there are": (["--rollout.tasks_per_step", "101"], "between 1 and the number of tasks, 100"),
     "no such run": (["--resume", "smoke/nowhere"], "'smoke/nowhere' is neither a run folder"),
-    "another trainer's strategy": (["--trainer.strategy", "ddp"], "needs a strategy of fitrl, a PolicyVerbs, got DDPStrategy"),
+    "another trainer's strategy": (["--trainer.strategy", "ddp"], "a PolicyVerbs, got DDPStrategy"),
     "what Lightning refuses": (["--trainer.devices", "x"], "trainer.devices|devices"),
     "a name that is no folder": (["--model.name", "../up"], "name must be letters"),
     "no steps": (["--steps", "0"], "steps"),

@@ -14,8 +14,8 @@ class Worker:
     def reload_weights_of_all_layers(self, weights_path: str) -> None:
         """Reload weights in place, and on a CPU the packed copies that its matrix products read.
 
-        vLLM 0.32 packs a linear layer's weights when it loads the model. `reload_weights` packs them again but for an
-        output head that is tied to the embeddings, which goes on answering with the old ones.
+        vLLM packs a linear layer's weights there when it loads the model. `reload_weights` has been seen to leave out
+        an output head that is tied to the embeddings, which went on answering with the old ones.
         """
         me: Any = self
         me.reload_weights(weights_path=weights_path)
