@@ -163,9 +163,10 @@ def test_a_server_that_cannot_start_says_why(tmp_path) -> None:
 
 
 @pytest.fixture
-def own_environment(monkeypatch) -> Iterator[None]:
-    """vLLM sets variables as it likes when it starts in this process."""
+def own_environment(monkeypatch, tmp_path_factory) -> Iterator[None]:
+    """vLLM sets variables as it likes when it starts in this process, and leaves its sockets."""
     before = dict(os.environ)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path_factory.mktemp("v")))
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     yield
