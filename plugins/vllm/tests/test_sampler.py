@@ -10,7 +10,7 @@ import torch
 from vllm_cases import CPU, by_transformers
 
 import fitrl
-from fitrl.errors import InvalidArgumentError, SamplerError
+from fitrl.errors import InvalidArgumentError, SamplerError, UnsupportedError
 from fitrl.rollout.sampler import ProvesWeights
 from fitrl_vllm import EngineError, EngineTimeoutError, StaleWeightsError, VLLMSampler
 
@@ -25,11 +25,6 @@ def reward(task, trajectory) -> float:
 @pytest.fixture
 def model(untied, tmp_path) -> fitrl.TrainableModel:
     return fitrl.TrainableModel("small", "tests", str(untied), lora=None, root=tmp_path)
-
-
-@pytest.fixture
-def adapted(untied, tmp_path) -> fitrl.TrainableModel:
-    return fitrl.TrainableModel("small", "tests", str(untied), lora=LORA, root=tmp_path)
 
 
 @pytest.fixture
@@ -161,6 +156,30 @@ def test_an_engine_that_came_back_is_handed_the_newest_weights(model, sampler, s
             asyncio.run(sampler.sample(PROMPT, max_new_tokens=4, seed=1))
         with pytest.raises(StaleWeightsError):  # and nothing is sampled from it afterwards
             asyncio.run(sampler.sample(PROMPT, max_new_tokens=4, seed=1))
+
+
+def test_other_ranks_sample_with_what_the_first_handed_over(untied, server, tmp_path, monkeypatch) -> None:
+    model = fitrl.TrainableModel("small", "tests", str(untied), lora=LORA, root=tmp_path)
+    with VLLMSampler(model, server.url, tolerance=1e-4) as first, VLLMSampler(model, server.url) as second:
+        with fitrl.LocalTrainer(**CPU, sampler=first) as trainer:
+            trainer.open(model)
+            given = list(trainer.verbs.named_weights())
+        loads = len(server.asked("/v1/load_lora_adapter"))
+        monkeypatch.setattr("fitrl.data.ranks.rank", lambda: 1)
+        drained = iter(given)
+        second.update(drained, 1)
+        assert second.version == 1 and not list(drained)
+        assert len(server.asked("/v1/load_lora_adapter")) == loads == 1
+        asyncio.run(second.sample(PROMPT, max_new_tokens=2))
+    assert server.asked("/v1/completions")[-1]["model"] == "policy"
+
+
+def test_weights_that_cannot_be_handed_over_are_drained_all_the_same(untied, server, tmp_path) -> None:
+    model = fitrl.TrainableModel("small", "tests", str(untied), lora=LORA, root=tmp_path)
+    weights = iter([("lm_head.weight", torch.zeros(1)), ("another", torch.zeros(1))])
+    with VLLMSampler(model, server.url) as sampler, pytest.raises(UnsupportedError, match="no adapter"):
+        sampler.update(weights, 1)
+    assert not list(weights)
 
 
 def test_a_slow_engine_is_a_timeout_that_says_so(model, server) -> None:

@@ -121,6 +121,7 @@ class VLLMSampler:
         self._idle.set()
         self._under_way = 0
         self._reviving = asyncio.Lock()
+        self._checking = asyncio.Lock()
         self._revivals = 0
         self._tells_temperature: bool | None = None
         self._asleep = False
@@ -243,6 +244,15 @@ class VLLMSampler:
 
     async def _check_logprobs(self) -> None:
         """Find out, once, whether logprobs are of the distribution sampled from; by default vLLM's are not."""
+        async with self._checking:
+            await self._try_temperature()
+        if not self._tells_temperature:
+            raise EngineError(
+                "the engine tells logprobs of another distribution than it samples from at this temperature, top_p or "
+                "top_k: start it with --logprobs-mode processed_logprobs"
+            )
+
+    async def _try_temperature(self) -> None:
         if self._tells_temperature is None:
             prompt = tuple(self.probe_ids)
             hot = Request(
@@ -252,11 +262,6 @@ class VLLMSampler:
             ids = [*prompt, *answer.token_ids]
             plain = await self.surviving(lambda: self.engine.score(ids, adapter=False))
             self._tells_temperature = abs(answer.logprobs[0] - plain[-1]) > 1e-6
-        if not self._tells_temperature:
-            raise EngineError(
-                "the engine tells logprobs of another distribution than it samples from at this temperature, top_p or "
-                "top_k: start it with --logprobs-mode processed_logprobs"
-            )
 
     def spawn(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:
         """Run something on the sampler's own event loop."""
@@ -299,24 +304,32 @@ class VLLMSampler:
         return self.model.lora is not None and self._served is not None
 
     def _exchange(self, weights: Iterable[tuple[str, Tensor]], version: int, score: Score | None) -> None:
-        folder = Path(self._folders.name) / f"{version:06d}-{secrets.token_hex(4)}"
+        here = Path(self._folders.name) / f"{version:06d}-{secrets.token_hex(4)}"
+        folder = Path(ranks.first(lambda: str(here)))
         failure: Exception | None = None
-        if ranks.rank() == 0:
-            if self.model.lora is not None:
-                write_adapter(folder, weights, self.model.lora)
-            else:
-                write_model(folder, weights)
-        else:
-            for _ in weights:  # a collective: every rank drains it
-                pass
-        trainers = score(self.probe_ids).float().cpu() if score is not None else None
         try:
             if ranks.rank() == 0:
+                self._write(folder, weights)
+        except Exception as error:
+            failure = error
+        for _ in weights:  # a collective: every rank drains it, whatever happened to the first
+            pass
+        trainers = score(self.probe_ids).float().cpu() if score is not None else None
+        try:
+            if ranks.rank() == 0 and failure is None:
                 self._loop.wait_for(self._take(folder, trainers, version))
         except Exception as error:
             failure = error
         ranks.settle(failure)
+        if ranks.rank() != 0:
+            self._served = _Served(folder=folder, trainers=trainers)  # the first one's engine is everyone's
         self._version = version
+
+    def _write(self, folder: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
+        if self.model.lora is not None:
+            write_adapter(folder, weights, self.model.lora)
+        else:
+            write_model(folder, weights)
 
     async def _take(self, folder: Path, trainers: Tensor | None, version: int) -> None:
         """Load weights while nothing is sampled, and prove them; they are the newest then."""
