@@ -8,6 +8,7 @@ from typing import Protocol, TypeAlias, runtime_checkable
 from torch import Tensor
 
 from fitrl.data.completion import Completion, Message, Tool
+from fitrl.errors import InvalidArgumentError
 
 Score: TypeAlias = Callable[[Sequence[int]], Tensor]
 """The trainer's own logprobs [T - 1] float32 of the token ids [T] behind the first; with several ranks a collective."""
@@ -93,3 +94,24 @@ class ProvesWeights(Protocol):
         Raises:
             SamplerError: other weights answer.
         """
+
+
+def check_sampling(
+    *, n: int, max_new_tokens: int, temperature: float, top_p: float, top_k: int | None, stop: Sequence[str]
+) -> None:
+    """Check what `Sampler.sample` is asked with.
+
+    Raises:
+        InvalidArgumentError: one of them is out of range.
+    """
+    if isinstance(stop, str) or not isinstance(stop, Sequence) or not all(stop):
+        raise InvalidArgumentError(f"stop must be a list of strings that are not empty, got {stop!r}")
+    for name, value in (("n", n), ("max_new_tokens", max_new_tokens)):
+        if value < 1:
+            raise InvalidArgumentError(f"{name} must be at least 1, got {value}")
+    if not 0.0 <= temperature < float("inf"):
+        raise InvalidArgumentError(f"temperature must be a finite number of at least 0, got {temperature}")
+    if not 0.0 < top_p <= 1.0:
+        raise InvalidArgumentError(f"top_p must be in (0, 1], got {top_p}")
+    if top_k is not None and top_k < 1:
+        raise InvalidArgumentError(f"top_k must be at least 1 or None, got {top_k}")

@@ -22,6 +22,7 @@ from fitrl.errors import InvalidArgumentError, SamplerError
 from fitrl.policy.loading import trained_state
 from fitrl.policy.policy import Policy
 from fitrl.policy.sharding import in_pieces
+from fitrl.rollout.sampler import check_sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -190,17 +191,7 @@ class TransformersSampler:
         if not 0 <= min(prompt_ids) <= max(prompt_ids) < size:
             wrong = next(token for token in prompt_ids if not 0 <= token < size)
             raise InvalidArgumentError(f"prompt_ids holds {wrong}; the policy's vocabulary is 0 to {size - 1}")
-        if isinstance(stop, str) or not isinstance(stop, Sequence) or not all(stop):
-            raise InvalidArgumentError(f"stop must be a list of strings that are not empty, got {stop!r}")
-        for name, value in (("n", n), ("max_new_tokens", max_new_tokens)):
-            if value < 1:
-                raise InvalidArgumentError(f"{name} must be at least 1, got {value}")
-        if not 0.0 <= temperature < float("inf"):
-            raise InvalidArgumentError(f"temperature must be a finite number of at least 0, got {temperature}")
-        if not 0.0 < top_p <= 1.0:
-            raise InvalidArgumentError(f"top_p must be in (0, 1], got {top_p}")
-        if top_k is not None and top_k < 1:
-            raise InvalidArgumentError(f"top_k must be at least 1 or None, got {top_k}")
+        check_sampling(n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, stop=stop)
         context = self.policy.context_length
         if context is not None and len(prompt_ids) >= context:
             raise InvalidArgumentError(

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fitrl import Completion, Message, load_tokenizer, prompt_ids
 from fitrl.data.completion import Tool
-from fitrl.errors import InvalidArgumentError, SamplerError, UnsupportedError
+from fitrl.errors import SamplerError, UnsupportedError
+from fitrl.rollout.sampler import check_sampling
 from fitrl_serverless import wire
 from fitrl_serverless.client.service import Service
 
@@ -158,8 +159,7 @@ def _settings(
     seed: int | None,
 ) -> dict[str, Any]:
     """Sampling settings as a request has them; None is not sent."""
-    if isinstance(stop, str):
-        raise InvalidArgumentError(f"stop must be a list of strings, got {stop!r}")
+    check_sampling(n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, stop=stop)
     return {
         "n": n,
         "max_tokens": max_new_tokens,

@@ -12,6 +12,7 @@ from torch import Tensor
 from fitrl.data.completion import Completion
 from fitrl.errors import InvalidArgumentError, SamplerError, UnsupportedError
 from fitrl.policy.loading import resolve_base_model
+from fitrl.rollout.sampler import check_sampling
 from fitrl_tinker.service import Service
 
 if TYPE_CHECKING:
@@ -179,17 +180,7 @@ class TinkerSampler:
             raise SamplerError("this sampler's trainer was closed or took up another model; ask trainer.sampler(model)")
         if not len(prompt_ids):
             raise InvalidArgumentError("prompt_ids is empty: a completion needs at least one token before it")
-        if isinstance(stop, str) or not all(stop):
-            raise InvalidArgumentError(f"stop must be a list of strings that are not empty, got {stop!r}")
-        for name, value in (("n", n), ("max_new_tokens", max_new_tokens)):
-            if value < 1:
-                raise InvalidArgumentError(f"{name} must be at least 1, got {value}")
-        if not 0.0 <= temperature < float("inf"):
-            raise InvalidArgumentError(f"temperature must be a finite number of at least 0, got {temperature}")
-        if not 0.0 < top_p <= 1.0:
-            raise InvalidArgumentError(f"top_p must be in (0, 1], got {top_p}")
-        if top_k is not None and top_k < 1:
-            raise InvalidArgumentError(f"top_k must be at least 1 or None, got {top_k}")
+        check_sampling(n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, stop=stop)
 
 
 def stop_ids(base_model: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

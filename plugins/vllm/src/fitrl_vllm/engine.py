@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from fitrl.errors import InvalidArgumentError
-
 ADAPTER = "policy"
 """The name of the trained adapter on the engine."""
 
@@ -26,9 +24,6 @@ class Request:
         top_k: most likely tokens to keep; None keeps all.
         stop: strings that end a completion.
         seed: of the first completion; None: fresh ones.
-
-    Raises:
-        InvalidArgumentError: one of them is out of range.
     """
 
     prompt_ids: tuple[int, ...]
@@ -39,21 +34,6 @@ class Request:
     top_k: int | None
     stop: tuple[str, ...]
     seed: int | None
-
-    def __post_init__(self) -> None:
-        if not self.prompt_ids:
-            raise InvalidArgumentError("prompt_ids is empty: a completion needs at least one token before it")
-        if not all(self.stop):
-            raise InvalidArgumentError(f"stop must hold no empty string, got {self.stop!r}")
-        for name, value in (("n", self.n), ("max_new_tokens", self.max_new_tokens)):
-            if value < 1:
-                raise InvalidArgumentError(f"{name} must be at least 1, got {value}")
-        if not 0.0 <= self.temperature < float("inf"):
-            raise InvalidArgumentError(f"temperature must be a finite number of at least 0, got {self.temperature}")
-        if not 0.0 < self.top_p <= 1.0:
-            raise InvalidArgumentError(f"top_p must be in (0, 1], got {self.top_p}")
-        if self.top_k is not None and self.top_k < 1:
-            raise InvalidArgumentError(f"top_k must be at least 1 or None, got {self.top_k}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

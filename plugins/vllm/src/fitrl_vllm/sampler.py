@@ -22,7 +22,7 @@ from torch import Tensor
 from fitrl import Completion, TrainableModel, load_tokenizer
 from fitrl.data import ranks
 from fitrl.errors import InvalidArgumentError
-from fitrl.rollout.sampler import Score
+from fitrl.rollout.sampler import Score, check_sampling
 from fitrl_vllm.engine import Answer, Engine, Request
 from fitrl_vllm.errors import EngineDiedError, EngineError, StaleWeightsError
 from fitrl_vllm.http import ServerEngine
@@ -156,8 +156,9 @@ class VLLMSampler:
             EngineTimeoutError: it did not answer in time.
             StaleWeightsError: the last exchange of weights failed.
         """
-        if isinstance(stop, str) or not isinstance(stop, Sequence):
-            raise InvalidArgumentError(f"stop must be a list of strings, got {stop!r}")
+        if not len(prompt_ids):
+            raise InvalidArgumentError("prompt_ids is empty: a completion needs at least one token before it")
+        check_sampling(n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, stop=stop)
         request = Request(
             prompt_ids=tuple(int(token) for token in prompt_ids),
             n=n,
