@@ -257,6 +257,7 @@ class _Job:
                     gradients.add_rows(tile, logits, statistic, d_logprobs, d_entropies)
             metrics = added(metrics, terms.metrics()) if metrics else terms.metrics()
             found.append(statistic)
+        gradients.join()
         self.metrics, self.logprobs = metrics, torch.cat([statistic.logprobs for statistic in found])
         if self.with_entropies:
             self.entropies = torch.cat([statistic.entropies for statistic in found if statistic.entropies is not None])

@@ -129,13 +129,16 @@ class HeadGradients:
             product(d_logits, head.weight, self._hidden_dtype, out=self.hidden[tile])
             if unit is not None:
                 self.hidden[tile] *= unit
-            if shape.shard is not None:
-                shape.shard.add_up(self.hidden[tile])
         if self._needs_weight:
             self._add_to_weight(d_logits.t(), head.hidden[tile], unit)
         if self.bias is not None:
             columns = d_logits.sum(dim=0, dtype=self._wide)
             self.bias += columns if unit is None else columns * unit
+
+    def join(self) -> None:
+        """Add up what the ranks that hold one vocabulary found of the hidden states; after the last tile."""
+        if self.hidden is not None and self._head.shape.shard is not None:
+            self._head.shape.shard.add_up(self.hidden)
 
     def _add_to_weight(self, left: Tensor, right: Tensor, unit: Tensor | None = None) -> None:
         if self.weight is None:

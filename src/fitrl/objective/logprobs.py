@@ -183,6 +183,7 @@ class LinearLogprobs(torch.autograd.Function):
                 )
                 slope = None if d_entropies is None else d_entropies[tile]
                 gradients.add_rows(tile, logits, found, d_logprobs[tile], slope)
+            gradients.join()
             return gradients
 
         found = in_tiles(all_tiles, **ctx.tiling)

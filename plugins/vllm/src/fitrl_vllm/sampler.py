@@ -21,12 +21,12 @@ from torch import Tensor
 
 from fitrl import Completion, TrainableModel, load_tokenizer
 from fitrl.data import ranks
-from fitrl.errors import InvalidArgumentError
+from fitrl.errors import InvalidArgumentError, SamplerError
+from fitrl.rollout.own_loop import OwnLoop
 from fitrl.rollout.sampler import Score, check_sampling
 from fitrl_vllm.engine import Answer, Engine, Request
 from fitrl_vllm.errors import EngineDiedError, EngineError, StaleWeightsError
 from fitrl_vllm.http import ServerEngine
-from fitrl_vllm.own_loop import OwnLoop
 from fitrl_vllm.server import VLLMServer
 from fitrl_vllm.weights import remove, write_adapter, write_model
 
@@ -115,6 +115,7 @@ class VLLMSampler:
         self._served: _Served | None = None
         self._broken: str | None = None
         self._loop = OwnLoop("fitrl-vllm")
+        self._closed = False
         self._open = asyncio.Event()  # completions may start
         self._open.set()
         self._idle = asyncio.Event()  # none is under way
@@ -169,6 +170,7 @@ class VLLMSampler:
             stop=tuple(stop),
             seed=None if seed is None else seed % 2**63,
         )
+        self._refuse_if_closed()
         return await asyncio.wrap_future(self._loop.spawn(self._sample(request)))
 
     def update(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -185,14 +187,17 @@ class VLLMSampler:
 
     def sleep(self) -> None:
         """Give the device's memory to a trainer that shares it; completions wait until `wake`."""
+        self._refuse_if_closed()
         self._loop.wait_for(self._sleep())
 
     def wake(self) -> None:
         """Take the memory back and go on."""
+        self._refuse_if_closed()
         self._loop.wait_for(self._wake())
 
     def close(self) -> None:
         """End the thread and close connections; a server stays, whoever started it ends it."""
+        self._closed = True
         self._loop.close(self.engine.aclose)
         self._folders.cleanup()
 
@@ -265,8 +270,17 @@ class VLLMSampler:
             self._tells_temperature = abs(answer.logprobs[0] - plain[-1]) > 1e-6
 
     def spawn(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:
-        """Run something on the sampler's own event loop."""
+        """Run something on the sampler's own event loop.
+
+        Raises:
+            SamplerError: the sampler was closed.
+        """
+        self._refuse_if_closed()
         return self._loop.spawn(work)
+
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise SamplerError("this sampler was closed")
 
     async def surviving(self, ask: Callable[[], Awaitable[_T]]) -> _T:
         """Ask; an engine that died on it is brought back, with the newest weights, and asked again."""
@@ -305,6 +319,7 @@ class VLLMSampler:
         return self.model.lora is not None and self._served is not None
 
     def _exchange(self, weights: Iterable[tuple[str, Tensor]], version: int, score: Score | None) -> None:
+        self._refuse_if_closed()
         here = Path(self._folders.name) / f"{version:06d}-{secrets.token_hex(4)}"
         folder = Path(ranks.first(lambda: str(here)))
         failure: Exception | None = None

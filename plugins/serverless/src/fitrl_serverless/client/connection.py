@@ -6,9 +6,7 @@ synchronous calls and the rollouts' event loops alike, over one pool of connecti
 
 from __future__ import annotations
 
-import asyncio
 import json
-import threading
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from concurrent.futures import Future
@@ -19,6 +17,7 @@ from typing import Any, TypeVar
 import httpx
 
 from fitrl.errors import InvalidArgumentError
+from fitrl.rollout.own_loop import OwnLoop
 from fitrl_serverless.client.address import check_url
 from fitrl_serverless.client.bodies import Body, FileBody
 from fitrl_serverless.client.errors import (
@@ -86,9 +85,7 @@ class Connection:
         self._request_timeout_s = request_timeout_s
         self._retry_timeout_s = retry_timeout_s
         self._transport = transport
-        self._lock = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
+        self._loop = OwnLoop("fitrl-serverless")
         self._client: httpx.AsyncClient | None = None
 
     def __repr__(self) -> str:
@@ -98,38 +95,17 @@ class Connection:
 
     def start(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:
         """Run a coroutine that uses this connection on its own event loop."""
-        with self._lock:
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(target=self._loop.run_forever, name="fitrl-serverless", daemon=True)
-                self._thread.start()
-            return asyncio.run_coroutine_threadsafe(work, self._loop)
+        return self._loop.spawn(work)
 
     def wait(self, work: Coroutine[Any, Any, _T]) -> _T:
         """Run a coroutine to its end; an exception that interrupts the wait cancels it."""
-        future = self.start(work)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
+        return self._loop.wait_for(work)
 
     def close(self) -> None:
         """End what is under way and close the connections; a later request opens them anew."""
-        with self._lock:
-            loop, thread, self._loop, self._thread = self._loop, self._thread, None, None
-        if loop is None or thread is None:
-            return
-        asyncio.run_coroutine_threadsafe(self._end(), loop).result()
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
+        self._loop.close(self._end)
 
     async def _end(self) -> None:
-        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
         if self._client is not None:
             await self._client.aclose()
             self._client = None
