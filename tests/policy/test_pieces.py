@@ -20,6 +20,9 @@ def test_round_trip(tmp_path) -> None:
     assert sorted(pieces.names(tmp_path)) == sorted(TENSORS)
     found = {name: torch.zeros_like(tensor) for name, tensor in TENSORS.items()}
     pieces.read(tmp_path, found)
+    told = pieces.read_whole(tmp_path)
+    assert told.keys() == TENSORS.keys()
+    assert all(torch.equal(told[name], TENSORS[name]) and told[name].dtype == TENSORS[name].dtype for name in told)
     assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
 
 

@@ -43,6 +43,7 @@ if EVERYTHING:
 SAMPLED = (2, 3) if EVERYTHING else (3,)
 BROKEN = OVERFLOWED = (1, 2, 3) if EVERYTHING else (2, 3)
 RESUMED = [(1, 3, "full"), (2, 1, "adapters"), (3, 2, "full"), (3, 1, "adapters")]  # two stages in turn
+RESUMED += [(0, 2, "full"), (0, 3, "adapters")]  # 0: fitrl_fsdp2, whose ranks write their moments in pieces
 RESUMED += [(1, 3, "adapters"), (2, 1, "full")] if EVERYTHING else []
 WHOLE = {"stage3_param_persistence_threshold": 0}  # of so small a policy stage 3 would leave most weights whole
 
@@ -64,6 +65,14 @@ def trainer_of(options: dict[str, Any], **further: Any) -> DeepSpeedTrainer:
     settings = {"zero_optimization": WHOLE} if options["zero_stage"] == 3 else {}
     chosen = {"gradient_clip_val": 0.5, "settings": settings} | options | further
     return DeepSpeedTrainer(accelerator="cpu", devices=2, enable_model_summary=False, **chosen)
+
+
+def of_stage(stage: int) -> fitrl.LocalTrainer:
+    """A trainer of a stage; 0: of `fitrl_fsdp2`."""
+    if stage:
+        return trainer_of({"zero_stage": stage})
+    options: dict[str, Any] = {"accelerator": "cpu", "devices": 2, "gradient_clip_val": 0.5}
+    return fitrl.LocalTrainer(strategy="fitrl_fsdp2", enable_model_summary=False, **options)
 
 
 def held(trainer: DeepSpeedTrainer) -> int:
@@ -127,7 +136,7 @@ def resumed(root: Path) -> dict[str, Any]:
         name, rows = f"{first}-{then}-{kind}", []
         for seed, stage in ((7, first), (8, then)):
             model = fitrl.TrainableModel(name, "resumed", "tiny", lora=None if kind == "full" else LORA, root=root)
-            with trainer_of({"zero_stage": stage}) as trainer:
+            with of_stage(stage) as trainer:
                 metrics = trainer.fit_rl(model, make_groups(seed=seed), learning_rate=1e-3).metrics
                 rows.append([trainer.global_step, metrics["loss/train"], metrics["loss/grad_norm"]])
         seen[name] = rows
