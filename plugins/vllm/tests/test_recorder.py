@@ -79,6 +79,17 @@ def test_what_changes_the_distribution_is_said(changed, sampler) -> None:
         assert not asyncio.run(attempt()).completions()[0].full_support
 
 
+def test_logprobs_from_before_the_temperature_are_refused(sampler, server) -> None:
+    server.tells_raw_logprobs = True
+    messages = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 3}
+    with Recorder(sampler) as recorder, httpx.Client(trust_env=False) as client:
+        recording = recorder.record()
+        address = recording.base_url + "/chat/completions"
+        refused = client.post(address, json=messages | {"temperature": 0.5})
+        assert refused.status_code == 502 and "processed_logprobs" in refused.text and len(recording) == 0
+        assert client.post(address, json=messages).status_code == 200  # the same at temperature 1
+
+
 def test_agents_are_trained_on_what_they_said(sampler) -> None:
     async def attempt(number: int) -> fitrl.Trajectory:
         recording = recorder.record()

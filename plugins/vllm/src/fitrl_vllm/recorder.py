@@ -168,6 +168,8 @@ class Recorder:
             return _refusal(400, "stream=True is not recorded: ask for the whole completion")
         try:
             async with self._sampler.turn() as version:
+                if any(asked.get(name) not in (None, plain) for name, plain in _PLAIN.items()):
+                    await self._sampler.check_logprobs()
                 answer = await self._sampler.surviving(lambda: self._forward(asked))
         except FitRLError as error:
             return _refusal(502, str(error))

@@ -227,7 +227,7 @@ class VLLMSampler:
     async def _sample(self, request: Request) -> list[Completion]:
         async with self.turn() as version:
             if request.temperature not in (0.0, 1.0) or request.top_p < 1.0 or request.top_k is not None:
-                await self._check_logprobs()
+                await self.check_logprobs()
             answers = await self.surviving(lambda: self.engine.complete(request, adapter=self.has_adapter))
         if len(answers) != request.n or any(len(item.token_ids) != len(item.logprobs) for item in answers):
             raise EngineError(
@@ -248,8 +248,14 @@ class VLLMSampler:
             full_support=request.top_p == 1.0 and request.top_k is None,
         )
 
-    async def _check_logprobs(self) -> None:
-        """Find out, once, whether logprobs are of the distribution sampled from; by default vLLM's are not."""
+    async def check_logprobs(self) -> None:
+        """Find out, once, whether logprobs are of the distribution sampled from; on the sampler's loop.
+
+        At temperature 1, with all tokens, they always are. Elsewhere vLLM's are by default not.
+
+        Raises:
+            EngineError: they are of another one.
+        """
         async with self._checking:
             await self._try_temperature()
         if not self._tells_temperature:
