@@ -69,6 +69,7 @@ def main() -> None:
         "--tensor-parallel", type=int, default=1, help="ranks that fitrl_fsdp2 has compute together; not compiled then"
     )
     parser.add_argument("--repeats", type=int, default=4, help="timed updates")
+    parser.add_argument("--only", nargs="*", default=[], help="parts of the names of the runs to make")
     parser.add_argument("--output", type=Path, help="folder for scaling.md and .json, or zero.md and .json")
     parser.add_argument("--job", nargs=2, metavar=("RUN", "STRATEGY"), help="used for the jobs: one of them")
     options = parser.parse_args()
@@ -76,7 +77,10 @@ def main() -> None:
         job(int(options.job[0]), options.job[1], options)
         return
     rows: list[dict[str, Any]] = []
+    text = ""
     for number, (name, _, strategies) in enumerate(ZERO_RUNS if options.zero else RUNS):
+        if options.only and not any(part in name for part in options.only):
+            continue
         for strategy in strategies:
             row = {"run": name, "strategy": strategy, "devices": 1 if strategy == "fitrl_local" else options.ranks}
             if strategy == "fitrl_fsdp2" and options.tensor_parallel > 1:
@@ -88,6 +92,12 @@ def main() -> None:
                 row["norm error"] = abs(row["norm"] / one["norm"] - 1)
             rows.append(row)
             print(row, file=sys.stderr, flush=True)
+            text = write(rows, options)
+    print(text)
+
+
+def write(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
+    """Say what was found so far; in a file too when asked to."""
     told = {
         "hardware": f"{options.ranks} x {torch.cuda.get_device_name()}"
         if torch.cuda.is_available()
@@ -98,12 +108,12 @@ def main() -> None:
         "command": "python " + " ".join(sys.argv),
     }
     text = table(rows) + "".join(f"* {key}: {value}\n" for key, value in told.items())
-    print(text)
     if options.output is not None:
         options.output.mkdir(parents=True, exist_ok=True)
         file, title = ("zero", "ZeRO by stage") if options.zero else ("scaling", "One device against several")
         (options.output / f"{file}.md").write_text(f"# {title}\n\n{text}")
         (options.output / f"{file}.json").write_text(json.dumps({"rows": rows} | told, indent=1) + "\n")
+    return text
 
 
 def start(number: int, strategy: str, options: argparse.Namespace) -> dict[str, Any]:
