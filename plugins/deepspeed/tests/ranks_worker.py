@@ -40,6 +40,7 @@ if EVERYTHING:
         "3 full, offloaded": {"zero_stage": 3, "offload_optimizer": True, "offload_params": True},
         "2 bfloat16": {"zero_stage": 2, "precision": "bf16-mixed"},
     }
+ACCELERATOR = os.environ.get("FITRL_TEST_ACCELERATOR", "cpu")
 SAMPLED = (2, 3) if EVERYTHING else (3,)
 BROKEN = OVERFLOWED = (1, 2, 3) if EVERYTHING else (2, 3)
 RESUMED = [(1, 3, "full"), (2, 1, "adapters"), (3, 2, "full"), (3, 1, "adapters")]  # two stages in turn
@@ -64,14 +65,14 @@ def teach(trainer: Any, model: fitrl.TrainableModel) -> list[dict[str, float]]:
 def trainer_of(options: dict[str, Any], **further: Any) -> DeepSpeedTrainer:
     settings = {"zero_optimization": WHOLE} if options["zero_stage"] == 3 else {}
     chosen = {"gradient_clip_val": 0.5, "settings": settings} | options | further
-    return DeepSpeedTrainer(accelerator="cpu", devices=2, enable_model_summary=False, **chosen)
+    return DeepSpeedTrainer(accelerator=ACCELERATOR, devices=2, enable_model_summary=False, **chosen)
 
 
 def of_stage(stage: int) -> fitrl.LocalTrainer:
     """A trainer of a stage; 0: of `fitrl_fsdp2`."""
     if stage:
         return trainer_of({"zero_stage": stage})
-    options: dict[str, Any] = {"accelerator": "cpu", "devices": 2, "gradient_clip_val": 0.5}
+    options: dict[str, Any] = {"accelerator": ACCELERATOR, "devices": 2, "gradient_clip_val": 0.5}
     return fitrl.LocalTrainer(strategy="fitrl_fsdp2", enable_model_summary=False, **options)
 
 

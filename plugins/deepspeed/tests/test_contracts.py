@@ -42,7 +42,7 @@ def new_trainer(stage: int, setup: Setup, **options: Any) -> DeepSpeedTrainer:
     return DeepSpeedTrainer(
         zero_stage=stage,
         settings=settings(stage),
-        accelerator="cpu",
+        accelerator=os.environ.get("FITRL_TEST_ACCELERATOR", "cpu"),
         devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         lr_schedule=setup.lr_schedule,
         gradient_clip_val=setup.gradient_clip_val,

@@ -25,14 +25,14 @@ from samples import make_groups
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-from ranks_worker import BROKEN, CASES, LORA, OVERFLOWED, RESUMED, SAMPLED, teach  # noqa: E402
+from ranks_worker import ACCELERATOR, BROKEN, CASES, LORA, OVERFLOWED, RESUMED, SAMPLED, teach  # noqa: E402
 
 pytestmark = pytest.mark.slow
 START = [f"{first}-{then}-{kind}" for first, then, kind in RESUMED]
 
 
 def local() -> fitrl.LocalTrainer:
-    return fitrl.LocalTrainer(accelerator="cpu", devices=1, gradient_clip_val=0.5, enable_model_summary=False)
+    return fitrl.LocalTrainer(accelerator=ACCELERATOR, devices=1, gradient_clip_val=0.5, enable_model_summary=False)
 
 
 def model_of(root: Path, project: str, name: str, kind: str) -> fitrl.TrainableModel:
