@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import pytest
 import torch
+import torch._dynamo
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
@@ -63,6 +65,22 @@ def open_trainer(
     )
 
 
+@contextmanager
+def unknown_numbers() -> Iterator[set[str]]:
+    """Names of what the compiler takes for symbols, in graphs that are compiled meanwhile."""
+    found: set[str] = set()
+    compile_ = torch.compile
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        values = {node.name: node.meta.get("example_value") for node in graph.graph.find_nodes(op="placeholder")}
+        found.update(name for name, value in values.items() if isinstance(value, torch.SymInt))
+        return torch._dynamo.lookup_backend("inductor")(graph, inputs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda function, **options: compile_(function, backend=backend, **options))
+        yield found
+
+
 def train(root: Path) -> dict[str, Any]:
     """Every case: gradients of two calls, what this rank holds, the weights that come out."""
     seen: dict[str, Any] = {}
@@ -70,7 +88,7 @@ def train(root: Path) -> dict[str, Any]:
         options = dict(options)
         model = fitrl.TrainableModel(f"case-{number}", "fsdp2", "tiny", lora=options.pop("lora", None), root=root)
         keep = KeepGradients()
-        with open_trainer(keep, **options) as trainer:
+        with unknown_numbers() as numbers, open_trainer(keep, **options) as trainer:
             for seed in (1, 2):
                 result = trainer.fit_rl(model, make_groups(seed=seed), learning_rate=1e-3, max_tokens_per_microbatch=60)
             parameters = list(trainer.verbs.policy_module.network.parameters())
@@ -83,6 +101,7 @@ def train(root: Path) -> dict[str, Any]:
                 "digest": digest(trainer),
                 "checkpoint": str(result.checkpoint_path),
                 "memory": str(next(iter(parameters)).device),
+                "unknown numbers": sorted(numbers),
             }
     return seen
 

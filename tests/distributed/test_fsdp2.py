@@ -59,6 +59,13 @@ def test_the_gradient_is_that_of_one_process(seen, case) -> None:
             assert ours == pytest.approx(expected, rel=tolerance, abs=tolerance * expected[0])
 
 
+def test_the_compiler_takes_no_size_of_the_model_for_unknown(seen) -> None:
+    for name in ("one", "two.0", "two.1"):
+        numbers = seen[name]["train"]["float32, compiled"]["unknown numbers"]
+        assert numbers  # the lengths of batches
+        assert not [number for number in numbers if "modules" in number]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_each_rank_holds_its_pieces_only(seen, case) -> None:
     for name in ("two.0", "two.1"):

@@ -120,6 +120,15 @@ def test_packed_and_shared_rows_are_what_padded_ones_are(family: str) -> None:
                 assert float((left - right).abs().max()) < 1e-10 * max(size, 1.0)
 
 
+def test_another_default_device_changes_nothing() -> None:
+    """Lightning makes the accelerator the default while a model is loaded; batches are packed on the host."""
+    policy = policy_of(PACKING["qwen3"])
+    policy.can_pack = policy.can_share = False
+    with torch.device("meta"):
+        probe(policy)
+    assert policy.can_pack and policy.can_share and policy.has_linear_head
+
+
 def test_a_soft_cap_of_attention_is_never_dropped() -> None:
     """Some versions of transformers give Gemma 2 an attention that ignores it."""
     with torch.no_grad():

@@ -39,7 +39,8 @@ class ModelInputs:
         crossings: [depths, 2, M + 1] int32 where prefixes are shared, else None: for each depth of the tree M stretches
             of queries and of keys, given by where they begin; a stretch of queries sees the whole of its stretch of
             keys, which may be empty, beside its own segment.
-        longest_crossing: most queries and most keys of such a stretch.
+        longest_crossing: most queries and most keys of such a stretch, those without the other included: a kernel
+            writes the results of no more.
         longest: positions of the longest history.
     """
 

@@ -138,9 +138,8 @@ def lengths_of(row: Row) -> dict[str, Any]:
         keys.append(keys[-1])
         level[0, : len(queries)] = torch.tensor(queries, dtype=torch.int32)
         level[1, : len(keys)] = torch.tensor(keys, dtype=torch.int32)
-    spans = [span for above in depths for span in above]
-    longest = max(end - stop for _, stop, end in spans), max(stop - start for start, stop, _ in spans)
-    return found | {"crossings": crossings, "longest_crossing": longest}
+    longest = crossings.diff(dim=2).amax(dim=(0, 2)).tolist()
+    return found | {"crossings": crossings, "longest_crossing": tuple(longest)}
 
 
 def _lay_out(lengths: Sequence[int], common: Sequence[int], order: Sequence[int]) -> Row:

@@ -48,9 +48,10 @@ class PackedRow:
         if self.length > length:
             self.boundaries = pad(self.boundaries, (0, 1), value=self.length)
             self.longest = max(self.longest, self.length - length)
-            if self.crossings is not None:
-                self.crossings = pad(self.crossings, (0, 1), value=length)  # keys that the others do not see
-                self.crossings[:, 0, -1] = self.length
+            if self.crossings is not None:  # one more stretch, of tokens that the others do not see
+                self.crossings = pad(self.crossings, (0, 1), value=self.length)
+                queries, keys = self.longest_crossing
+                self.longest_crossing = max(queries, self.length - length), max(keys, self.length - length)
         self.is_one_long_history = is_one_long_history
         self._dense: dict[int | None, Tensor] = {}
         self._blocks: dict[int | None, BlockMask] = {}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fitrl.data.bins import Layout
+from fitrl.data.batch import Batch
 from fitrl.data.groups import TokenHistory
 from fitrl.data.packing import pack
 from fitrl.data.samples import Sample
@@ -34,7 +34,11 @@ def probe(policy: Policy) -> None:
     network = policy.network
     was_training = network.training
     network.eval()
-    histories = [TokenHistory.all_trained(ids) for ids in ([1, 5, 3, 2, 4, 1], [1, 5, 3, 4, 2])]
+    with torch.device("cpu"):  # where batches are packed; Lightning makes the model's device the default around this
+        histories = [TokenHistory.all_trained(ids) for ids in ([1, 5, 3, 2, 4, 1], [1, 5, 3, 4, 2])]
+        [packed], [shared] = (
+            pack([Sample(histories=histories, advantage=1.0)], layout=layout) for layout in ("packed", "shared")
+        )
     try:
         with _narrow_windows(policy.causal_lm):
             keep_soft_caps(policy.causal_lm)
@@ -47,8 +51,8 @@ def probe(policy: Policy) -> None:
                 apart = policy.logits(policy.hidden(ids[0]).last_hidden_state[0])
                 policy.has_linear_head = _close(apart, alone[: len(apart)])
             policy.can_pack = policy.can_share = read_packed_rows(causal_lm)  # tried at least
-            policy.can_pack = policy.can_pack and _stays_apart(policy, histories, "packed", alone)
-            policy.can_share = policy.can_pack and _stays_apart(policy, histories, "shared", alone)
+            policy.can_pack = policy.can_pack and _stays_apart(policy, packed, alone)
+            policy.can_share = policy.can_pack and _stays_apart(policy, shared, alone)
     finally:
         network.train(was_training)
     if not policy.has_linear_head:
@@ -85,13 +89,13 @@ def _narrow_windows(network: Any) -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def _stays_apart(policy: Policy, histories: list[TokenHistory], layout: Layout, alone: Tensor) -> bool:
+def _stays_apart(policy: Policy, batch: Batch, alone: Tensor) -> bool:
     """Whether histories in one row have the logits that they have alone."""
-    [batch] = pack([Sample(histories=histories, advantage=1.0)], layout=layout)
     try:
         batch = batch.to(alone.device)
         together = policy.full_logits_of(batch.model_inputs).flatten(0, 1)[batch.loss_inputs.rows].float()
     except Exception as error:  # code of any model, asked for what it may never have been meant for
+        layout = "packed" if batch.model_inputs.crossings is None else "shared"
         _log.debug("%s cannot read a %s row: %s", type(policy.causal_lm).__name__, layout, error)
         return False
     return _close(together, alone)

@@ -50,12 +50,13 @@ def parallelize(policy: Policy, mesh: DeviceMesh) -> None:
             f"{config.model_type!r}: take tensor_parallel_size=1, which shards any model over the data"
         )
     _check_sizes(policy, config, mesh.size())
-    modules = dict(model.named_modules())
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    # some releases of transformers plan the embeddings too: they follow the head, below
+    modules = {name: module for name, module in model.named_modules() if module not in (embeddings, head)}
     for pattern, style in config.base_model_tp_plan.items():
         wanted = re.compile(re.escape(f"{model.base_model_prefix}.{pattern}").replace(r"\*", r"\d+"))
         for name in filter(wanted.fullmatch, modules):
             _cut(modules[name], style, mesh)
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     if type(embeddings) is not nn.Embedding or type(head) is not nn.Linear:
         raise UnsupportedError(
             "tensor parallel shares out plain embeddings and a plain output head, here are "

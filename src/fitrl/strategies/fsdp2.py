@@ -116,6 +116,12 @@ class FSDP2Strategy(PolicyVerbs, ModelParallelStrategy):
         inner = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for layer in decoder_layers(policy):
             fully_shard(layer, mp_policy=inner if narrow is not None else MixedPrecisionPolicy(), **options)
+            if compiles:
+                # of modules that say so the compiler takes the numbers, the size of a head say, for unknown ones, which
+                # FlexAttention cannot be compiled with; inside a layer's forward they are as any others
+                for module in layer.modules():
+                    any_module: Any = module
+                    any_module._is_fsdp_managed_module = False
         root: Any = fully_shard(Root(policy.network), reshard_after_forward=False, **options)
         policy.root = root
 
