@@ -267,6 +267,26 @@ def test_fit_keeps_the_memory_of_the_device(trainer, module, monkeypatch) -> Non
     assert "resume_end" not in vars(trainer._checkpoint_connector)
 
 
+def test_fit_asks_nobody_before_each_batch_whether_to_end(trainer, module, monkeypatch) -> None:
+    asked = []
+    loop = trainer.fit_loop.epoch_loop
+    monkeypatch.setattr(type(loop), "_broadcast_sigterm_tensor", lambda self: asked.append(1))
+    monkeypatch.setattr(type(trainer), "world_size", 2)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        _compat.allow_one_more_epoch(trainer)
+        trainer.fit(module, train_dataloaders=feed())
+        assert asked  # Lightning does it
+        asked.clear()
+        _compat.allow_one_more_epoch(trainer)
+        with _compat.without_sigterm_broadcasts(trainer):
+            trainer.fit(module, train_dataloaders=feed())
+    finally:
+        torch.distributed.destroy_process_group()
+    assert not asked
+    assert "_broadcast_sigterm_tensor" not in vars(loop)
+
+
 def test_the_missing_validation_loop_is_not_worth_a_warning(trainer, module) -> None:
     """pytest replaces the filters of the process, so the one that _compat adds is put back first."""
     [line] = [

@@ -110,6 +110,20 @@ def keeping_device_memory(trainer: lightning.Trainer) -> Iterator[None]:
         del connector.resume_end
 
 
+@contextmanager
+def without_sigterm_broadcasts(trainer: lightning.Trainer) -> Iterator[None]:
+    """Keep `fit` from asking rank 0, before every batch, whether it was told to end: each time waits for the device.
+
+    Nobody tells Lightning: during a call the trainer has taken the signal over, and the ranks agree after each step.
+    """
+    loop: Any = trainer.fit_loop.epoch_loop
+    loop._broadcast_sigterm_tensor = _nothing
+    try:
+        yield
+    finally:
+        del loop._broadcast_sigterm_tensor
+
+
 def _nothing() -> None:
     """In place of a method that has nothing to do."""
 

@@ -38,8 +38,8 @@ from fitrl.policy.tree_attention import tree_attention
 
 _BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # off until test_attention.py has held them to the dense mask on a GPU, and update.py has timed them there:
-TREES_BY_FLASH = False  # shared prefixes by `tree_attention`
-LONG_BY_CUDNN = False  # one history of `LONG` positions or more by `causal_attention`
+TREES_BY_FLASH = True  # shared prefixes by `tree_attention`
+LONG_BY_CUDNN = True  # one history of `LONG` positions or more by `causal_attention`
 LONG = 8192
 _LONG_BACKEND = SDPBackend.CUDNN_ATTENTION
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)

@@ -173,7 +173,12 @@ class BackendTrainer(lightning.Trainer):
         self.accumulate_grad_batches = accumulate
         _compat.allow_one_more_epoch(self)
         try:
-            with ranks.naming_the_lost(), _compat.without_epoch_notes(), _compat.keeping_device_memory(self):
+            with (
+                ranks.naming_the_lost(),
+                _compat.without_epoch_notes(),
+                _compat.keeping_device_memory(self),
+                _compat.without_sigterm_broadcasts(self),
+            ):
                 self.fit(module, train_dataloaders=feed)
         except SystemExit as stop:
             # Lightning answers the second Ctrl-C by ignoring further ones and leaving the process
