@@ -92,11 +92,9 @@ def train(root: Path) -> dict[str, Any]:
             model = fitrl.TrainableModel(f"case-{number}", "ddp", "tiny", lora=None, root=root)
             prompt = 20 if name == "shared prompts" else 0
             trainer.open(model)
+            groups = [make_groups(seed=seed, prompt=prompt) for seed in (1, 2)]
             with real_float64() if prompt else nullcontext():  # ranks sum a prompt's gradient in another order
-                results = [
-                    trainer.fit_rl(model, make_groups(seed=seed, prompt=prompt), learning_rate=1e-3, **arguments)
-                    for seed in (1, 2)
-                ]
+                results = [trainer.fit_rl(model, some, learning_rate=1e-3, **arguments) for some in groups]
             if prompt:
                 assert all(result.metrics["data/shared_prefix_tokens_saved"] > 0 for result in results)
             own = ("time/", "throughput/", "memory/", "data/padding_fraction", "data/shared_prefix_tokens_saved")

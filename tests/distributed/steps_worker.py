@@ -122,15 +122,15 @@ def main() -> None:
         kill.meet()
         kill.in_save()
         kill.in_backward(trainer.lightning_module)
-        with real_float64():  # ranks sum in another order than one process does
-            while model.step < steps:
-                kill.call += 1
-                drawn = int(ranks.collect(str(int(torch.randint(2**30, ()))))[0])
-                kill.between_calls()
-                groups = make_groups(seed=drawn, num_groups=4)
+        while model.step < steps:
+            kill.call += 1
+            drawn = int(ranks.collect(str(int(torch.randint(2**30, ()))))[0])
+            kill.between_calls()
+            groups = make_groups(seed=drawn, num_groups=4)
+            with real_float64():  # ranks sum in another order than one process does
                 result = trainer.fit_rl(model, groups, learning_rate=1e-3, num_minibatches=2)
-                if ranks.rank() == 0:
-                    print(f"step {result.step}", flush=True)
+            if ranks.rank() == 0:
+                print(f"step {result.step}", flush=True)
         seen = {"resumed": resumed, "size": ranks.world_size(), "gradients": keep.steps}
         (root / f"{name}.{ranks.rank()}.json").write_text(json.dumps(seen))
 
