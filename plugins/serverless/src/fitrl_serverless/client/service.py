@@ -19,7 +19,7 @@ from urllib.parse import quote
 from pydantic import ValidationError
 
 from fitrl_serverless import wire
-from fitrl_serverless.client.bodies import FileBody, json_body
+from fitrl_serverless.client.bodies import Body, FileBody, json_body
 from fitrl_serverless.client.connection import Answer, Connection
 from fitrl_serverless.client.errors import InvalidRequestError, MalformedAnswerError, NotFoundError, ServiceError
 
@@ -78,7 +78,7 @@ class Service:
     async def delete_model(self, model_id: str) -> wire.DeletedModel:
         """Delete a model with everything that it has."""
         path = _path("models", model_id)
-        return _model(wire.DeletedModel, await self.connection.request("DELETE", path), f"DELETE {path}")
+        return _model(wire.DeletedModel, await self._delete(path), f"DELETE {path}")
 
     async def newest_checkpoint(self, model_id: str) -> wire.Checkpoint | None:
         """The checkpoint of the highest step; None before the first."""
@@ -106,8 +106,11 @@ class Service:
         """Delete the checkpoints of these steps."""
         path = _path("models", model_id, "checkpoints")
         body = json_body(wire.DeleteCheckpoints(steps=steps).model_dump_json())
-        answer = await self.connection.request("DELETE", path, body=body)
-        return _model(wire.DeletedCheckpoints, answer, f"DELETE {path}")
+        return _model(wire.DeletedCheckpoints, await self._delete(path, body), f"DELETE {path}")
+
+    async def _delete(self, path: str, body: Body | None = None) -> Answer:
+        """Delete; what is sent again gets the first answer, not that there is nothing left."""
+        return await self.connection.request("DELETE", path, body=body, idempotency_key=uuid.uuid4().hex)
 
     async def download_checkpoint(self, model_id: str, step: int, folder: Path) -> None:
         """Write the files of a checkpoint into a folder that is there; each is checked against its sum.
