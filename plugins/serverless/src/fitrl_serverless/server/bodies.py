@@ -51,7 +51,6 @@ def require_owner(
 Owner = Annotated[str, Depends(require_owner)]
 
 
-
 def once_of(request: Request, owner: str, key: str | None, text: bytes = b"") -> Once:
     """The idempotency key of an owner's request."""
     return Once.of(owner, key, request.method.encode(), request.url.path.encode(), text)

@@ -75,9 +75,7 @@ class Checkpoints:
             folder = self._registry.folder(model, step)
             if folder.is_dir():
                 remove(folder)
-        return wire.DeletedCheckpoints(
-            deleted_count=len(done["deleted"]), not_found_steps=done["not_found_steps"]
-        )
+        return wire.DeletedCheckpoints(deleted_count=len(done["deleted"]), not_found_steps=done["not_found_steps"])
 
     def files(self, owner: str, model_id: str, step: int) -> wire.CheckpointFiles:
         """What there is to download of a checkpoint.
