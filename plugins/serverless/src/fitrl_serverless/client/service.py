@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import json
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -19,7 +19,7 @@ from urllib.parse import quote
 from pydantic import ValidationError
 
 from fitrl_serverless import wire
-from fitrl_serverless.client.bodies import Body, FileBody, json_body
+from fitrl_serverless.client.bodies import Body, FileBody, PartsBody, json_body
 from fitrl_serverless.client.connection import Answer, Connection
 from fitrl_serverless.client.errors import InvalidRequestError, MalformedAnswerError, NotFoundError, ServiceError
 
@@ -134,8 +134,14 @@ class Service:
 
     async def log(self, model_id: str, groups: list[wire.Group], split: str) -> None:
         """Keep groups with the model on the service."""
-        request = wire.LogGroups(model_id=model_id, trajectory_groups=groups, split=split)
-        body = json_body(request.model_dump_json(), packed=(await self.about()).knows_fitrl)
+        head = wire.LogGroups(model_id=model_id, trajectory_groups=[], split=split)
+
+        def parts() -> Iterator[bytes]:
+            yield head.model_dump_json(exclude={"trajectory_groups"}).encode()[:-1] + b',"trajectory_groups":'
+            yield from wire.groups_json(groups)
+            yield b"}"
+
+        body = PartsBody(parts, packed=(await self.about()).knows_fitrl)
         path = _path("models", model_id, "log")
         await self.connection.request("POST", path, body=body, idempotency_key=uuid.uuid4().hex)
 
