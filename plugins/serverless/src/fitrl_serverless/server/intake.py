@@ -63,7 +63,7 @@ class Intake:
                 await send(message)
                 return
             # a connection that is closed on a client that still writes loses the answer: most read it afterwards
-            await send(message | {"more_body": True})
+            await send({**message, "more_body": True})
             await body.discard()
             await send({"type": "http.response.body", "body": b""})
 
