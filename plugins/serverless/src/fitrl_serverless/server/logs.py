@@ -54,6 +54,7 @@ class Logs:
             connection.execute("DELETE FROM unfinished_logs")
 
         with self._lock:
+            self.cut_back()  # of a call whose files could not be cut back then
             self._note(files)
             try:
                 do_once(self._database, once, work)
@@ -62,7 +63,10 @@ class Logs:
 
     def cut_back(self) -> None:
         """Take away what an unfinished call has written."""
-        for row in self._database.rows("SELECT path, length FROM unfinished_logs"):
+        notes = self._database.rows("SELECT path, length FROM unfinished_logs")
+        if not notes:
+            return
+        for row in notes:
             path = self._registry.root / row["path"]
             if not path.is_file():
                 continue
