@@ -87,6 +87,14 @@ class Server:
         _, alive = psutil.wait_procs(workers, timeout=60.0)
         assert not alive, f"workers outlived their server: {alive}"
 
+    def wait_for_kill(self) -> None:
+        """Wait until somebody has killed it, and until its worker has noticed."""
+        assert self.process is not None
+        workers = self.workers()
+        self._reap()
+        _, alive = psutil.wait_procs(workers, timeout=60.0)
+        assert not alive, f"workers outlived their server: {alive}"
+
     def stop(self) -> int:
         """End it gracefully; returns the exit status."""
         assert self.process is not None

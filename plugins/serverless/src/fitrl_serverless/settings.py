@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Self
 
 from fitrl.errors import InvalidArgumentError
@@ -27,6 +28,7 @@ class ServiceSettings:
         retry_timeout_s: how long a request is repeated while the service is busy, failing or away.
         total_timeout_s: longest time of a job, from its submission to its end.
         sample_timeout_s: longest silence before a sampled answer.
+        ca_file: PEM certificates to trust; None: SSL_CERT_FILE, or the usual ones.
     """
 
     url: str
@@ -36,6 +38,7 @@ class ServiceSettings:
     retry_timeout_s: float
     total_timeout_s: float
     sample_timeout_s: float
+    ca_file: str | Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("request_timeout_s", "retry_timeout_s", "total_timeout_s", "sample_timeout_s"):
@@ -54,6 +57,7 @@ class ServiceSettings:
         retry_timeout_s: float = RETRY_TIMEOUT_S,
         total_timeout_s: float = TOTAL_TIMEOUT_S,
         sample_timeout_s: float = SAMPLE_TIMEOUT_S,
+        ca_file: str | Path | None = None,
     ) -> Self:
         """Take what was not given from the environment.
 
@@ -73,10 +77,15 @@ class ServiceSettings:
             retry_timeout_s=retry_timeout_s,
             total_timeout_s=total_timeout_s,
             sample_timeout_s=sample_timeout_s,
+            ca_file=ca_file,
         )
 
     def connect(self) -> Connection:
         """The connection; nothing is sent yet."""
         return Connection(
-            self.url, self.key, request_timeout_s=self.request_timeout_s, retry_timeout_s=self.retry_timeout_s
+            self.url,
+            self.key,
+            request_timeout_s=self.request_timeout_s,
+            retry_timeout_s=self.retry_timeout_s,
+            ca_file=self.ca_file,
         )

@@ -6,6 +6,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, ClassVar
 
 from fitrl import Feed, TrainableModel, TrajectoryGroup
@@ -41,6 +42,8 @@ class ServerlessTrainer(ServerlessSession):
         retry_timeout_s: how long a request is repeated while the service is busy, failing or away.
         total_timeout_s: longest time of a job, waiting for its turn included; it goes on after that, and is picked up.
         sample_timeout_s: longest silence before a sampled answer.
+        ca_file: PEM certificates that the service's is checked by, if a public authority did not sign it; None:
+            the file that SSL_CERT_FILE names, or the public authorities.
         **lightning_options: of `lightning.Trainer`: callbacks, logger, max_steps, ...
 
     Raises:
@@ -65,6 +68,7 @@ class ServerlessTrainer(ServerlessSession):
         retry_timeout_s: float = RETRY_TIMEOUT_S,
         total_timeout_s: float = TOTAL_TIMEOUT_S,
         sample_timeout_s: float = SAMPLE_TIMEOUT_S,
+        ca_file: str | Path | None = None,
         **lightning_options: Any,
     ) -> None:
         settings = ServiceSettings.read(
@@ -75,6 +79,7 @@ class ServerlessTrainer(ServerlessSession):
             retry_timeout_s=retry_timeout_s,
             total_timeout_s=total_timeout_s,
             sample_timeout_s=sample_timeout_s,
+            ca_file=ca_file,
         )
         super().__init__(settings=settings, lr_schedule=lr_schedule, **lightning_options)
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+from collections.abc import Iterator
+
 import pytest
 
 from fitrl_command import main
@@ -24,10 +28,15 @@ def in_folder(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:the service at .* is not fitrl's")
 def test_a_run_and_its_continuation(foreign, key, in_folder, monkeypatch, capsys) -> None:
-    # some of the foreign service's answers are right, others wrong: there is something to learn
-    answers = iter(["1", "77"] * 100)
+    # half of the answers to each prompt are right, in whatever order they are asked for: there is something to learn
+    answers: dict[str, Iterator[str]] = {}
     chat = foreign.chat
-    monkeypatch.setattr(foreign, "chat", lambda body: _said(chat(body), next(answers)))
+
+    def answer(body: dict) -> dict:
+        alternating = answers.setdefault(json.dumps(body["messages"]), itertools.cycle(["1", "77"]))
+        return _said(chat(body), next(alternating))
+
+    monkeypatch.setattr(foreign, "chat", answer)
     monkeypatch.setattr("fitrl.demo.correct", lambda task, trajectory: float(trajectory.completions()[0].text == "1"))
     assert main(["fit_rl", "--config", "run.yaml", "--trainer.url", foreign.url, "--trainer.key", key]) == 0
     told = capsys.readouterr().out

@@ -28,7 +28,7 @@ from fitrl_serverless.client import (
     UnreachableError,
     repetition,
 )
-from fitrl_serverless.client.bodies import FileBody, json_body
+from fitrl_serverless.client.bodies import FileBody, PartsBody, json_body
 from fitrl_serverless.client.errors import ServiceError
 
 
@@ -291,11 +291,40 @@ def test_files_are_streamed_anew_for_each_attempt(foreign, connect, quick, tmp_p
         assert bodies == [said, said] and foreign.seen[-1][2]["transfer-encoding"] == "chunked"
 
 
-def test_only_large_bodies_are_packed() -> None:
-    small, large = json_body('"a"', packed=True), json_body(json.dumps("a" * 100_000), packed=True)
-    assert small.data == b'"a"' and "Content-Encoding" not in small.headers
-    assert len(large.data) < 1000 and json.loads(gzip.decompress(large.data)) == "a" * 100_000
-    assert json_body(json.dumps("a" * 100_000)).headers == {"Content-Type": "application/json"}
+@pytest.mark.parametrize("packed", [True, False])
+def test_parts_are_made_and_packed_while_they_are_sent(foreign, connect, quick, packed) -> None:
+    whole = json.dumps([{"number": number, "text": "abc" * 50} for number in range(5000)]).encode()
+    made = []
+
+    def parts():
+        made.append(0)
+        for start in range(0, len(whole), 1000):
+            made[-1] += 1
+            yield whole[start : start + 1000]
+
+    foreign.faults["/log"] = deque(["drop-after"])
+    connection = connect(foreign.url)
+    work = connection.request(
+        "POST", "/preview/models/m/log", body=PartsBody(parts, packed=packed), idempotency_key="k"
+    )
+    if packed:  # which this service does not take
+        with pytest.raises(InvalidRequestError, match="no encodings here"):
+            connection.wait(work)
+        bodies = [gzip.decompress(body) for *_, body in foreign.seen]
+        assert bodies == [whole, whole]
+    else:
+        connection.wait(work)
+        assert [json.dumps(body).encode() for *_, body in foreign.seen] == [whole, whole]
+    assert foreign.seen[-1][2]["transfer-encoding"] == "chunked" and made[0] == made[1] > 500
+
+
+def test_a_key_for_this_machine_goes_through_no_proxy(foreign, connect, monkeypatch) -> None:
+    for name in ("http_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")  # where nobody listens
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    connection = connect(foreign.url, retry_timeout_s=0.1)
+    assert json.loads(connection.wait(connection.request("GET", "/health")).content) == "ok"
 
 
 def test_closing_ends_what_is_under_way_and_a_later_request_opens_anew(foreign, connect) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import secrets
 import socket
 import time
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ import httpx
 import pytest
 from asking import JSON, job_body, make_model
 
+import fitrl
+from fitrl_serverless import ServerlessTrainer
+from fitrl_serverless.client import InvalidRequestError
 from helpers import group
 
 LIMIT = 60_000
@@ -80,6 +84,13 @@ def test_a_slow_body_times_out(tight) -> None:
         assert rest_of(connection).startswith(b"HTTP/1.1 408 ")
 
 
+def test_a_slow_body_without_a_key_is_hung_up_on_too(tight) -> None:
+    with connect(tight) as connection:
+        connection.sendall(b"POST /preview/models HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
+        said = rest_of(connection)
+        assert said.startswith(b"HTTP/1.1 401 ") and b"connection: close" in said
+
+
 def test_others_are_answered_meanwhile(tight) -> None:
     sleepers = [connect(tight) for _ in range(50)]
     try:
@@ -103,6 +114,29 @@ def test_a_large_body_is_refused_before_it_is_read(tight) -> None:
                 yield padded[start : start + 1000].encode()
 
         assert client.post("/preview/training-jobs", content=parts(), headers=JSON).status_code == 413  # no length told
+
+
+@pytest.mark.parametrize("length_is_told", [True, False])
+@pytest.mark.parametrize(("headers", "status"), [({}, 401), (None, 413)])
+def test_a_client_that_writes_all_of_it_first_reads_the_refusal(tight, length_is_told, headers, status) -> None:
+    """More than the buffers between the two hold: closing at once would reset the connection, and lose the answer."""
+    chunk = b"x" * 1_000_000
+    content = chunk * 30 if length_is_told else (chunk for _ in range(30))
+    with tight.client() if headers is None else httpx.Client(base_url=tight.url, timeout=60) as client:
+        answer = client.post("/preview/training-jobs", content=content, headers=JSON)
+        assert answer.status_code == status and set(answer.json()) == {"detail"}
+        assert client.get("/health").status_code == 200
+
+
+def test_our_client_is_told_that_its_groups_are_too_large(tight, tmp_path) -> None:
+    large = group([0, 1])
+    large.logs.append(secrets.token_hex(10_000_000))  # hardly shrinks
+    model = fitrl.TrainableModel("counted", "tests", "tiny", root=tmp_path)
+    with ServerlessTrainer(url=tight.url, key=tight.keys["alice"]) as trainer:
+        for work in (lambda: trainer.fit_rl(model, [large]), lambda: trainer.log(model, [large])):
+            with pytest.raises(InvalidRequestError, match=f"413 a body may have {LIMIT} bytes.*send fewer groups"):
+                work()
+        assert not [path.name for path in model.run_dir.glob("job*")]
 
 
 def test_a_body_that_unpacks_to_too_much_is_refused(tight) -> None:

@@ -1,13 +1,10 @@
-"""`fitrl serve` as a person runs it: keys, refusals, TLS, and what its log holds."""
+"""`fitrl serve` as a person runs it: keys, refusals, and what its log holds."""
 
 from __future__ import annotations
 
-import ssl
-import subprocess
 import sys
 from pathlib import Path
 
-import httpx
 import pytest
 from asking import ended, job_body, make_model, submit
 
@@ -93,25 +90,6 @@ def test_neither_prompts_nor_keys_are_logged(server) -> None:
     assert SECRET not in log
     for key in server.keys.values():
         assert key not in log and key.split("-", 2)[2] not in log
-
-
-def test_tls(serve, tmp_path) -> None:
-    subprocess.run(
-        [
-            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"),
-            *("-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "key.pem", "-out", "certificate.pem"),
-        ],
-        cwd=tmp_path,
-        check=True,
-        capture_output=True,
-    )
-    files = ["--ssl-certfile", str(tmp_path / "certificate.pem"), "--ssl-keyfile", str(tmp_path / "key.pem")]
-    server = serve(*files)
-    assert server.url.startswith("https://127.0.0.1:")
-    trusted = ssl.create_default_context(cafile=str(tmp_path / "certificate.pem"))
-    assert httpx.get(f"{server.url}/health", verify=trusted).json()["status"] == "ok"
-    with pytest.raises(httpx.ConnectError):
-        httpx.get(f"{server.url}/health")
 
 
 def test_nothing_is_unpickled() -> None:

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 import fitrl
 from fitrl_serverless import wire
-from fitrl_serverless.server.answers import Once
+from fitrl_serverless.server.answers import Once, forget_old_answers
 from fitrl_serverless.server.checkpoints import Checkpoints
 from fitrl_serverless.server.database import Database
+from fitrl_serverless.server.errors import RefusedError
 from fitrl_serverless.server.job import Job, Outcome
 from fitrl_serverless.server.orders import Orders
 from fitrl_serverless.server.paging import Page
@@ -105,6 +106,51 @@ def test_a_job_that_takes_its_workers_down_is_failed(parts) -> None:
     assert job.status == "failed" and "ended 2 times" in str(job.error_message)
     assert parts.kinds(job_id) == ["training_started", "training_failed"]
     assert not parts.queue.has_work()
+
+
+def test_a_job_that_runs_for_too_long_is_failed_unless_it_is_saved(parts) -> None:
+    model = parts.make_model()
+    late, saved, left = (parts.submit(model) for _ in range(3))
+    assert not parts.queue.condemn(-1.0)  # none of them runs
+    for job in (parts.claim(), parts.claim()):
+        parts.queue.begin(job, 0 if job.id == saved else 1)
+    assert not parts.queue.condemn(60.0) and parts.queue.condemn(-1.0)  # now every time is too long
+    parts.queue.begin(parts.claim(), 1)  # taken afterwards
+    groups = wire.groups_from_wire(parts.queue.groups_body(saved).trajectory_groups)
+    with fitrl.LocalTrainer(accelerator="cpu", devices=1, enable_model_summary=False) as trainer:
+        trainer.fit_rl(fitrl.TrainableModel(model, "models", "tiny", root=parts.settings.state), groups)
+    recover(parts.queue, parts.registry, parts.settings)
+    jobs = [parts.queue.get("alice", job_id) for job_id in (late, saved, left)]
+    assert [job.status for job in jobs] == ["failed", "succeeded", "queued"]
+    assert "ran for longer than" in str(jobs[0].error_message) and jobs[1].error_message is None
+    assert parts.kinds(late) == ["training_started", "training_failed"]
+
+
+def test_the_key_of_a_job_is_kept_as_long_as_the_job(parts) -> None:
+    """A client that was not answered comes back after months, and trains nothing again."""
+    model = parts.make_model()
+    text = job_body(model).encode()
+    body = wire.CreateTrainingJob.model_validate_json(text)
+
+    def submit() -> str:
+        return parts.queue.submit("alice", body, text, Once.of("alice", "unanswered", text), 64)
+
+    job = submit()
+    other = wire.CreateModel(project="tests", name="other", base_model="tiny")
+    once = Once.of("alice", "other")
+    parts.registry.create("alice", other, once)
+    with parts.database.transaction() as connection:
+        connection.execute("UPDATE answers SET created = created - 365 * 24 * 3600")
+    forget_old_answers(parts.database)
+    assert submit() == job
+    with pytest.raises(RefusedError, match="there is a model"):  # this key is forgotten, and still nothing is doubled
+        parts.registry.create("alice", other, once)
+    parts.queue.cancel("alice", job)
+    assert submit() == job and not parts.queue.has_work()
+    parts.registry.delete("alice", model, NEVER)
+    forget_old_answers(parts.database)
+    with pytest.raises(RefusedError, match="no model of this id"):
+        submit()
 
 
 def test_a_cancelled_job_is_not_taken_up_again(parts) -> None:

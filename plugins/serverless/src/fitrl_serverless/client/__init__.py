@@ -15,6 +15,7 @@ from fitrl_serverless.client.errors import (
     ServiceError,
     ServiceTimeoutError,
     UnreachableError,
+    UntrustedError,
 )
 from fitrl_serverless.client.service import Service
 
@@ -34,4 +35,5 @@ __all__ = [
     "ServiceError",
     "ServiceTimeoutError",
     "UnreachableError",
+    "UntrustedError",
 ]

@@ -1,7 +1,9 @@
-"""Addresses of services: which ones a key may be sent to."""
+"""Addresses of services: which ones a key may be sent to, and whose certificates vouch for them."""
 
 from __future__ import annotations
 
+import ssl
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from fitrl.errors import InvalidArgumentError
@@ -31,3 +33,23 @@ def check_url(url: str) -> str:
             "https, or reach it through a tunnel on 127.0.0.1"
         )
     return url.rstrip("/")
+
+
+def trust_of(url: str, ca_file: str | Path | None) -> ssl.SSLContext | bool:
+    """What httpx checks certificates by: a file, or (True) SSL_CERT_FILE, or the authorities that browsers trust.
+
+    Args:
+        url: of the service.
+        ca_file: PEM; an authority's certificate, or the server's own.
+
+    Raises:
+        InvalidArgumentError: the file cannot be read, holds no certificate, or is for an address without TLS.
+    """
+    if ca_file is None:
+        return True
+    if not url.startswith("https:"):
+        raise InvalidArgumentError(f"ca_file={str(ca_file)!r} has no effect on {url}, which is not https: leave it out")
+    try:
+        return ssl.create_default_context(cafile=str(Path(ca_file).expanduser()))
+    except (OSError, ssl.SSLError) as error:
+        raise InvalidArgumentError(f"ca_file={str(ca_file)!r} holds no certificates in PEM: {error}") from error

@@ -7,24 +7,27 @@ synchronous calls and the rollouts' event loops alike, over one pool of connecti
 from __future__ import annotations
 
 import json
+import ssl
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
 
 from fitrl.errors import InvalidArgumentError
 from fitrl.rollout.own_loop import OwnLoop
-from fitrl_serverless.client.address import check_url
-from fitrl_serverless.client.bodies import Body, FileBody
+from fitrl_serverless.client.address import check_url, trust_of
+from fitrl_serverless.client.bodies import Body, FileBody, PartsBody
 from fitrl_serverless.client.errors import (
     MalformedAnswerError,
     ServiceError,
     ServiceTimeoutError,
     UnreachableError,
+    UntrustedError,
     of_status,
 )
 from fitrl_serverless.client.repetition import repeating, retry_after
@@ -59,11 +62,12 @@ class Connection:
         key: sent as a bearer token; never logged, shown or written to disk.
         request_timeout_s: longest silence of a request: without a connection, or without a byte.
         retry_timeout_s: how long a request is repeated while the service is busy, failing or away.
+        ca_file: PEM certificates to trust, in place of the usual ones.
         transport: in place of the network.
 
     Raises:
         InvalidArgumentError: no http or https address, a key that cannot be a header, a key that would go to another
-            machine unencrypted, or a limit that is not above 0.
+            machine unencrypted, a limit that is not above 0, or certificates that cannot be read or have no use.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class Connection:
         *,
         request_timeout_s: float = REQUEST_TIMEOUT_S,
         retry_timeout_s: float = RETRY_TIMEOUT_S,
+        ca_file: str | Path | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.url = check_url(url)
@@ -84,6 +89,7 @@ class Connection:
         self._key = key
         self._request_timeout_s = request_timeout_s
         self._retry_timeout_s = retry_timeout_s
+        self._trust: ssl.SSLContext | bool = trust_of(self.url, ca_file)
         self._transport = transport
         self._loop = OwnLoop("fitrl-serverless")
         self._client: httpx.AsyncClient | None = None
@@ -117,7 +123,7 @@ class Connection:
         method: str,
         path: str,
         *,
-        body: Body | FileBody | None = None,
+        body: Body | FileBody | PartsBody | None = None,
         query: Mapping[str, str | int] | None = None,
         idempotency_key: str | None = None,
         repeatable: bool | None = None,
@@ -191,6 +197,9 @@ class Connection:
                 headers={"Authorization": f"Bearer {self._key}", "User-Agent": "fitrl-serverless"},
                 # no redirects: the key goes nowhere else
                 follow_redirects=False,
+                verify=self._trust,
+                # nor through the proxy that the environment names, which would read it where there is no TLS
+                trust_env=self.url.startswith("https:"),
                 limits=httpx.Limits(max_connections=256, max_keepalive_connections=32),
                 transport=self._transport,
             )
@@ -216,6 +225,8 @@ class Connection:
         except httpx.DecodingError as error:
             raise MalformedAnswerError(f"the answer cannot be unpacked: {error}", **about) from error
         except httpx.TransportError as error:
+            if (doubt := _doubt(error)) is not None:
+                raise UntrustedError(f"the certificate of {self.url} is not trusted: {doubt}", **about) from error
             words = f"{self.url} cannot be reached ({type(error).__name__}: {self._without_key(str(error))})"
             raise UnreachableError(words, **about) from error
 
@@ -240,6 +251,15 @@ class Connection:
 
     def _without_key(self, words: str) -> str:
         return words.replace(self._key, "***")
+
+
+def _doubt(error: BaseException | None) -> str | None:
+    """What is wrong with the service's certificate, if that is what is wrong."""
+    while error is not None:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return error.verify_message
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _words(body: bytes) -> str:

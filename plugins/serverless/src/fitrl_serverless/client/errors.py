@@ -78,6 +78,12 @@ class UnreachableError(ServiceError, ConnectionError):
     """No connection, or one that broke before the answer."""
 
 
+class UntrustedError(ServiceError, ConnectionError):
+    """The service's certificate is not vouched for by any that this client trusts, or is of another name."""
+
+    advice = "if it is the right one, pass ca_file=..., the certificate of the authority that signed it"
+
+
 class ServiceTimeoutError(ServiceError, TimeoutError):
     """A time limit of this client passed."""
 

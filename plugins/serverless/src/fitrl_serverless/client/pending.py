@@ -158,10 +158,9 @@ def _parts(model_id: str, groups: Sequence[wire.Group], config: wire.Experimenta
     """A `CreateTrainingJob`, group by group."""
     yield b'{"model_id":' + json.dumps(model_id).encode()
     yield b',"experimental_config":' + config.model_dump_json(exclude_none=True).encode()
-    yield b',"trajectory_groups":['
-    for index, group in enumerate(groups):
-        yield (b"," if index else b"") + group.model_dump_json().encode()
-    yield b"]}"
+    yield b',"trajectory_groups":'
+    yield from wire.groups_json(groups)
+    yield b"}"
 
 
 def _write_through(path: Path, content: bytes) -> None:

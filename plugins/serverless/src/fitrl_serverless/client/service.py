@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import json
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -19,7 +19,7 @@ from urllib.parse import quote
 from pydantic import ValidationError
 
 from fitrl_serverless import wire
-from fitrl_serverless.client.bodies import FileBody, json_body
+from fitrl_serverless.client.bodies import Body, FileBody, PartsBody, json_body
 from fitrl_serverless.client.connection import Answer, Connection
 from fitrl_serverless.client.errors import InvalidRequestError, MalformedAnswerError, NotFoundError, ServiceError
 
@@ -78,7 +78,7 @@ class Service:
     async def delete_model(self, model_id: str) -> wire.DeletedModel:
         """Delete a model with everything that it has."""
         path = _path("models", model_id)
-        return _model(wire.DeletedModel, await self.connection.request("DELETE", path), f"DELETE {path}")
+        return _model(wire.DeletedModel, await self._delete(path), f"DELETE {path}")
 
     async def newest_checkpoint(self, model_id: str) -> wire.Checkpoint | None:
         """The checkpoint of the highest step; None before the first."""
@@ -106,8 +106,11 @@ class Service:
         """Delete the checkpoints of these steps."""
         path = _path("models", model_id, "checkpoints")
         body = json_body(wire.DeleteCheckpoints(steps=steps).model_dump_json())
-        answer = await self.connection.request("DELETE", path, body=body)
-        return _model(wire.DeletedCheckpoints, answer, f"DELETE {path}")
+        return _model(wire.DeletedCheckpoints, await self._delete(path, body), f"DELETE {path}")
+
+    async def _delete(self, path: str, body: Body | None = None) -> Answer:
+        """Delete; what is sent again gets the first answer, not that there is nothing left."""
+        return await self.connection.request("DELETE", path, body=body, idempotency_key=uuid.uuid4().hex)
 
     async def download_checkpoint(self, model_id: str, step: int, folder: Path) -> None:
         """Write the files of a checkpoint into a folder that is there; each is checked against its sum.
@@ -131,8 +134,14 @@ class Service:
 
     async def log(self, model_id: str, groups: list[wire.Group], split: str) -> None:
         """Keep groups with the model on the service."""
-        request = wire.LogGroups(model_id=model_id, trajectory_groups=groups, split=split)
-        body = json_body(request.model_dump_json(), packed=(await self.about()).knows_fitrl)
+        head = wire.LogGroups(model_id=model_id, trajectory_groups=[], split=split)
+
+        def parts() -> Iterator[bytes]:
+            yield head.model_dump_json(exclude={"trajectory_groups"}).encode()[:-1] + b',"trajectory_groups":'
+            yield from wire.groups_json(groups)
+            yield b"}"
+
+        body = PartsBody(parts, packed=(await self.about()).knows_fitrl)
         path = _path("models", model_id, "log")
         await self.connection.request("POST", path, body=body, idempotency_key=uuid.uuid4().hex)
 

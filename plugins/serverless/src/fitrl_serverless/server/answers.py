@@ -17,6 +17,7 @@ from typing import Any
 from fitrl_serverless.server.database import Database
 from fitrl_serverless.server.errors import RefusedError
 
+# long after a client has given up; of a job as long as its record is there, because clients keep what was not answered
 KEPT_S = 7 * 24 * 3600.0
 
 
@@ -66,6 +67,9 @@ def do_once(database: Database, once: Once, work: Callable[[sqlite3.Connection],
 
 
 def forget_old_answers(database: Database) -> None:
-    """Drop answers that nobody asks for again."""
+    """Drop answers that nobody asks for again; never a job's, which would then be trained twice."""
     with database.transaction() as connection:
-        connection.execute("DELETE FROM answers WHERE created < ?", (time.time() - KEPT_S,))
+        connection.execute(
+            "DELETE FROM answers WHERE created < ? AND trim(answer, '\"') NOT IN (SELECT id FROM jobs)",
+            (time.time() - KEPT_S,),
+        )

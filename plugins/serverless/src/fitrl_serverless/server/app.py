@@ -36,6 +36,7 @@ def make_app(service: Service, *, grace_s: float) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await run_in_threadpool(service.checkpoints.tidy)
+        await run_in_threadpool(service.logs.cut_back)
         await run_in_threadpool(forget_old_answers, service.database)
         service.supervisor.start()
         yield

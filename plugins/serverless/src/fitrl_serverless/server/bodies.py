@@ -49,6 +49,13 @@ def require_owner(
 
 
 Owner = Annotated[str, Depends(require_owner)]
+
+
+def once_of(request: Request, owner: str, key: str | None, text: bytes = b"") -> Once:
+    """The idempotency key of an owner's request."""
+    return Once.of(owner, key, request.method.encode(), request.url.path.encode(), text)
+
+
 IdempotencyKey = Annotated[
     str | None,
     Header(
@@ -76,7 +83,7 @@ class Received(Generic[_T]):
 
     def once(self, request: Request, key: str | None) -> Once:
         """Its idempotency key."""
-        return Once.of(self.owner, key, request.method.encode(), request.url.path.encode(), self.text)
+        return once_of(request, self.owner, key, self.text)
 
 
 def json_body(model: type[_T]) -> Callable[[Request, str], Awaitable[Received[_T]]]:

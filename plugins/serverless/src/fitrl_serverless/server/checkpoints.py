@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fitrl.errors import CheckpointError
 from fitrl.policy.checkpoints import read_manifest, remove
 from fitrl_serverless import wire
+from fitrl_serverless.server.answers import Once, do_once
 from fitrl_serverless.server.database import Database
 from fitrl_serverless.server.errors import RefusedError, not_found
 from fitrl_serverless.server.paging import Page, cut
@@ -43,14 +46,15 @@ class Checkpoints:
         found["data"] = [self._with_metrics(model, checkpoint) for checkpoint in found["data"]]
         return wire.CheckpointPage.model_validate(found)
 
-    def delete(self, owner: str, model_id: str, steps: Sequence[int]) -> wire.DeletedCheckpoints:
+    def delete(self, owner: str, model_id: str, steps: Sequence[int], once: Once) -> wire.DeletedCheckpoints:
         """Delete checkpoints.
 
         Raises:
             RefusedError: 404; 409, one of them is the newest, from which training goes on; nothing is deleted then.
         """
         model = self._registry.get(owner, model_id)
-        with self._database.transaction() as connection:
+
+        def work(connection: sqlite3.Connection) -> Any:
             known = {
                 row["step"]
                 for row in connection.execute("SELECT step FROM checkpoints WHERE model_id = ?", (model.id,))
@@ -64,11 +68,14 @@ class Checkpoints:
             connection.executemany(
                 "DELETE FROM checkpoints WHERE model_id = ? AND step = ?", [(model.id, step) for step in doomed]
             )
-        for step in doomed:
+            return {"deleted": doomed, "not_found_steps": sorted(set(steps) - known)}
+
+        done = do_once(self._database, once, work)
+        for step in done["deleted"]:
             folder = self._registry.folder(model, step)
             if folder.is_dir():
                 remove(folder)
-        return wire.DeletedCheckpoints(deleted_count=len(doomed), not_found_steps=sorted(set(steps) - known))
+        return wire.DeletedCheckpoints(deleted_count=len(done["deleted"]), not_found_steps=done["not_found_steps"])
 
     def files(self, owner: str, model_id: str, step: int) -> wire.CheckpointFiles:
         """What there is to download of a checkpoint.

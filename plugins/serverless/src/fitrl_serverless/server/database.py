@@ -76,6 +76,10 @@ CREATE TABLE IF NOT EXISTS answers (
     created REAL NOT NULL,
     PRIMARY KEY (owner, key)
 ) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS unfinished_logs (
+    path TEXT PRIMARY KEY,
+    length INTEGER
+) STRICT, WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS orders (
     worker TEXT NOT NULL,
     number INTEGER NOT NULL,

@@ -13,6 +13,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from typing import Any, TypeAlias
 
 from starlette.exceptions import HTTPException
@@ -27,7 +28,6 @@ App: TypeAlias = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[N
 
 _log = logging.getLogger("fitrl_serverless.server.requests")
 _GZIP = 31  # zlib's window bits for gzip's format
-_CLOSE = {"connection": "close"}  # the rest of the body is not read
 
 
 class Intake:
@@ -50,15 +50,25 @@ class Intake:
         request_id = uuid.uuid4().hex
         status: list[int] = []
         start = time.perf_counter()
+        body = _Body(scope, receive, self._limits)
 
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":
                 status.append(message["status"])
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
-            await send(message)
+                if body.is_left:
+                    message["headers"].append((b"connection", b"close"))
+            is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
+            if not is_last or not body.is_left:
+                await send(message)
+                return
+            # a connection that is closed on a client that still writes loses the answer: most read it afterwards
+            await send({**message, "more_body": True})
+            await body.discard()
+            await send({"type": "http.response.body", "body": b""})
 
         try:
-            await self._app(scope, _Body(scope, receive, self._limits).receive, send_named)
+            await self._app(scope, body.receive, send_named)
         except Exception as error:
             _log.error("request %s: %s %s", request_id, type(error).__name__, where(error))
             if not status:
@@ -88,7 +98,20 @@ class _Body:
         self._unpacker = zlib.decompressobj(_GZIP) if self._encoding == "gzip" else None
         self._arrived = self._unpacked = 0
         self._deadline: float | None = None
-        self._is_whole = False
+        self._is_whole = self._announced == 0 and b"transfer-encoding" not in headers
+
+    @property
+    def is_left(self) -> bool:
+        """Whether a part of the body has not been read."""
+        return not self._is_whole
+
+    async def discard(self) -> None:
+        """Take in the rest of the body and keep nothing of it, for as long as a body may take to arrive."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(self._until()):
+                while not self._is_whole:
+                    message = await self._receive()
+                    self._is_whole = message["type"] != "http.request" or not message.get("more_body", False)
 
     async def receive(self) -> Message:
         """The next part of the body.
@@ -99,21 +122,25 @@ class _Body:
         if self._is_whole:
             return await self._receive()  # what is left to come is that the client has gone
         self._check()
-        loop = asyncio.get_running_loop()
-        self._deadline = self._deadline or loop.time() + self._limits.body_s
         try:
-            message = await asyncio.wait_for(self._receive(), self._deadline - loop.time())
+            async with asyncio.timeout_at(self._until()):
+                message = await self._receive()
         except TimeoutError as error:
-            raise HTTPException(408, f"the body did not arrive within {self._limits.body_s:g} s", _CLOSE) from error
+            raise HTTPException(408, f"the body did not arrive within {self._limits.body_s:g} s") from error
         if message["type"] != "http.request":
             return message
         self._is_whole = not message.get("more_body", False)
         message["body"] = self._take(message.get("body", b""))
         return message
 
+    def _until(self) -> float:
+        if self._deadline is None:
+            self._deadline = asyncio.get_running_loop().time() + self._limits.body_s
+        return self._deadline
+
     def _check(self) -> None:
         if self._encoding not in ("identity", "gzip", ""):
-            raise HTTPException(415, "Content-Encoding may be gzip, or left out", _CLOSE)
+            raise HTTPException(415, "Content-Encoding may be gzip, or left out")
         if self._announced > self._limits.body_bytes:
             raise self._too_large()
 
@@ -126,18 +153,16 @@ class _Body:
         try:
             unpacked = self._unpacker.decompress(part, self._limits.body_bytes - self._unpacked + 1)
         except zlib.error as error:
-            raise HTTPException(400, "the body is no gzip, as its Content-Encoding says", _CLOSE) from error
+            raise HTTPException(400, "the body is no gzip, as its Content-Encoding says") from error
         self._unpacked += len(unpacked)
         if self._unpacked > self._limits.body_bytes:
             raise self._too_large()
         if self._is_whole and self._arrived and not self._unpacker.eof:
-            raise HTTPException(400, "the gzip of the body is cut off", _CLOSE)
+            raise HTTPException(400, "the gzip of the body is cut off")
         return unpacked
 
     def _too_large(self) -> HTTPException:
-        return HTTPException(
-            413, f"a body may have {self._limits.body_bytes} bytes, unpacked: send fewer groups", _CLOSE
-        )
+        return HTTPException(413, f"a body may have {self._limits.body_bytes} bytes, unpacked: send fewer groups")
 
 
 async def _send_error(send: Send, status: int, detail: str) -> None:

@@ -30,6 +30,7 @@ class Job:
         start_step: the model's step before it, once that is known.
         outcome: what training it came to, from before its checkpoint was written.
         cancel_requested: whether its owner wants it no more.
+        verdict: why it is to be failed, if it has to end.
     """
 
     id: str
@@ -39,6 +40,7 @@ class Job:
     start_step: int | None
     outcome: Outcome | None
     cancel_requested: bool
+    verdict: str | None
 
     @classmethod
     def of(cls, row: sqlite3.Row) -> Job:
@@ -51,4 +53,5 @@ class Job:
             start_step=row["start_step"],
             outcome=None if row["outcome"] is None else Outcome(**json.loads(row["outcome"])),
             cancel_requested=bool(row["cancel_requested"]),
+            verdict=row["error_message"],
         )

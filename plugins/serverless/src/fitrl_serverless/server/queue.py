@@ -4,7 +4,8 @@
 
 A worker that dies leaves its job running. The next worker reads the step the job started from and the newest checkpoint
 on disk. A newer checkpoint is the job's own, so the job is at its end; otherwise nothing of it is left, and it waits
-again. A job that took its worker down too often is failed. So no job is trained twice and none is lost.
+again. A job that took its worker down too often, or ran for too long, is failed. So no job is trained twice and none is
+lost.
 """
 
 from __future__ import annotations
@@ -235,14 +236,20 @@ class Queue:
                 "UPDATE jobs SET status = 'queued', start_step = NULL, outcome = NULL WHERE id = ?", (job.id,)
             )
 
-    def overdue(self, limit_s: float) -> bool:
-        """Whether a job has been running for longer than it may."""
-        return (
-            self._database.row(
-                "SELECT 1 FROM jobs WHERE status = 'running' AND started < ? LIMIT 1", time.time() - limit_s
+    def condemn(self, limit_s: float) -> bool:
+        """Say of a job that has been running for longer than it may that it is to be failed; False without any.
+
+        The next worker fails it, after it has seen that the job is not saved.
+        """
+        late = time.time() - limit_s
+        if self._database.row("SELECT 1 FROM jobs WHERE status = 'running' AND started < ?", late) is None:
+            return False  # without a lock: it is asked all the time
+        with self._database.transaction() as connection:
+            done = connection.execute(
+                "UPDATE jobs SET error_message = ? WHERE status = 'running' AND started < ?",
+                (f"the job ran for longer than {limit_s:g} s, which is the longest here: send fewer groups", late),
             )
-            is not None
-        )
+        return done.rowcount > 0
 
 
 def _tell(connection: sqlite3.Connection, job_id: str, kind: str, data: dict[str, Any]) -> None:

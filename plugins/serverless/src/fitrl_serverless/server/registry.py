@@ -171,14 +171,18 @@ class Registry:
             root=self._settings.state,
         )
 
-    def delete(self, owner: str, model_id: str) -> wire.DeletedModel:
+    def delete(self, owner: str, model_id: str, once: Once) -> wire.DeletedModel:
         """Delete a model with everything that belongs to it.
 
         Raises:
             RefusedError: 404; 409, a job of it is waiting or running.
         """
-        self.get(owner, model_id)
-        with self._database.transaction() as connection:
+        folder = self.root / model_id
+
+        def work(connection: sqlite3.Connection) -> Any:
+            known = connection.execute("SELECT 1 FROM models WHERE id = ? AND owner = ?", (model_id, owner))
+            if known.fetchone() is None:
+                raise not_found("model of this id")
             busy = connection.execute(
                 "SELECT count(*) FROM jobs WHERE model_id = ? AND status IN ('queued', 'running')", (model_id,)
             ).fetchone()[0]
@@ -187,13 +191,12 @@ class Registry:
             (steps,) = connection.execute(
                 "SELECT count(*) FROM checkpoints WHERE model_id = ? AND step > 0", (model_id,)
             ).fetchone()
-            deleted = connection.execute("DELETE FROM models WHERE id = ? AND owner = ?", (model_id, owner)).rowcount
-        if not deleted:
-            raise not_found("model of this id")
-        folder = self.root / model_id
-        existed = folder.is_dir()
+            connection.execute("DELETE FROM models WHERE id = ?", (model_id,))
+            return {"model_id": model_id, "deleted_checkpoints": steps, "deleted_run": folder.is_dir()}
+
+        deleted = wire.DeletedModel.model_validate(do_once(self._database, once, work))
         shutil.rmtree(folder, ignore_errors=True)  # what is left after a crash goes at the next start
-        return wire.DeletedModel(model_id=model_id, deleted_checkpoints=steps, deleted_run=existed)
+        return deleted
 
     @property
     def root(self) -> Path:
@@ -203,19 +206,6 @@ class Registry:
     def folder(self, model: StoredModel, step: int) -> Path:
         """Folder of a checkpoint; step 0 has none."""
         return self.root / model.id / "checkpoints" / f"{step:04d}"
-
-    def log(self, owner: str, body: wire.LogGroups, once: Once) -> None:
-        """Keep trajectories in the model's run folder, where `fitrl show` and `fitrl plot` find them.
-
-        A retry after a crash between writing and remembering may keep them twice.
-
-        Raises:
-            RefusedError: 404.
-            DataError: groups that cannot be read.
-        """
-        run = self.run(self.get(owner, body.model_id))
-        groups = wire.groups_from_wire(body.trajectory_groups)
-        do_once(self._database, once, lambda _: run.log(groups, split=body.split) and None)
 
     def require_step(self, model: StoredModel, step: int) -> None:
         """See that a model has a checkpoint of a step.

@@ -11,7 +11,7 @@ from fastapi.responses import FileResponse
 
 import fitrl
 from fitrl_serverless import wire
-from fitrl_serverless.server.bodies import IdempotencyKey, Owner, Received, TheService, documented, json_body
+from fitrl_serverless.server.bodies import IdempotencyKey, Owner, Received, TheService, documented, json_body, once_of
 from fitrl_serverless.server.errors import RefusedError
 from fitrl_serverless.server.paging import Page
 from fitrl_serverless.server.settings import Limits
@@ -62,9 +62,11 @@ def create_model(
 
 
 @models.delete("/{model_id}", responses=_errors(*_READING, 409))
-def delete_model(service: TheService, owner: Owner, model_id: Id) -> wire.DeletedModel:
+def delete_model(
+    request: Request, service: TheService, owner: Owner, model_id: Id, idempotency_key: IdempotencyKey = None
+) -> wire.DeletedModel:
     """Delete a model, its checkpoints, jobs and events."""
-    deleted = service.registry.delete(owner, model_id)
+    deleted = service.registry.delete(owner, model_id, once_of(request, owner, idempotency_key))
     service.chats.forget(model_id)
     return deleted
 
@@ -88,12 +90,15 @@ def list_checkpoints(
     responses=_errors(*_SENDING, 409),
 )
 def delete_checkpoints(
+    request: Request,
     service: TheService,
     model_id: Id,
     received: Annotated[Received[wire.DeleteCheckpoints], Depends(json_body(wire.DeleteCheckpoints))],
+    idempotency_key: IdempotencyKey = None,
 ) -> wire.DeletedCheckpoints:
     """Delete checkpoints; not the newest, from which training goes on."""
-    return service.checkpoints.delete(received.owner, model_id, received.body.steps)
+    once = received.once(request, idempotency_key)
+    return service.checkpoints.delete(received.owner, model_id, received.body.steps, once)
 
 
 @models.get("/{model_id}/checkpoints/{step}/files", responses=_errors(*_READING))
@@ -126,7 +131,7 @@ def log_groups(
     if received.body.model_id != model_id:
         raise RefusedError(422, "model_id in the body is not the one in the address")
     _check_size(received.body.trajectory_groups, service.settings.limits)
-    service.registry.log(received.owner, received.body, received.once(request, idempotency_key))
+    service.logs.keep(received.owner, received.body, received.once(request, idempotency_key))
 
 
 @jobs.post("", openapi_extra=documented(wire.CreateTrainingJob), responses=_errors(*_SENDING, 429))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fitrl_serverless.server.chats import Chats
 from fitrl_serverless.server.checkpoints import Checkpoints
 from fitrl_serverless.server.database import Database
+from fitrl_serverless.server.logs import Logs
 from fitrl_serverless.server.queue import Queue
 from fitrl_serverless.server.registry import Registry
 from fitrl_serverless.server.settings import Settings
@@ -21,6 +22,7 @@ class Service:
     database: Database
     registry: Registry
     checkpoints: Checkpoints
+    logs: Logs
     queue: Queue
     chats: Chats
     supervisor: Supervisor
@@ -34,6 +36,7 @@ class Service:
             database=database,
             registry=registry,
             checkpoints=Checkpoints(database, registry),
+            logs=Logs(database, registry),
             queue=Queue(database),
             chats=Chats(registry, settings),
             supervisor=Supervisor(settings, database),

@@ -70,7 +70,8 @@ class Supervisor:
             process = self._process = self._spawn()
             while process.poll() is None:
                 limit = self._settings.limits.job_s
-                if self._queue.overdue(limit):
+                # a job that runs before the worker is ready is of an earlier one, which left it
+                if self.state == "ready" and self._queue.condemn(limit):
                     _log.warning("a job has been running for more than %.0f s: its worker is killed", limit)
                     self._kill()
                 time.sleep(_POLL_S)

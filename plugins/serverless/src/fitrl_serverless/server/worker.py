@@ -129,6 +129,9 @@ def recover(queue: Queue, registry: Registry, settings: Settings) -> None:
             queue.succeed(job, known)
         elif job.cancel_requested:
             queue.end_cancelled(job)
+        elif job.verdict is not None:
+            _log.warning("%s ran for too long and is failed", job.id)
+            queue.fail(job, job.verdict)
         elif job.attempts >= settings.limits.attempts:
             _log.warning("%s took its worker down %d times and is failed", job.id, job.attempts)
             queue.fail(job, f"the worker ended {job.attempts} times while it trained this job: too large, perhaps")

@@ -20,6 +20,7 @@ from fitrl_serverless.wire.groups import (
     TokenHistory,
     TokenLogprob,
     Trajectory,
+    groups_json,
 )
 from fitrl_serverless.wire.jobs import (
     ENDED,
@@ -82,5 +83,6 @@ __all__ = [
     "choice_to_wire",
     "explain",
     "groups_from_wire",
+    "groups_json",
     "groups_to_wire",
 ]

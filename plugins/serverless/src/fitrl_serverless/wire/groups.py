@@ -6,6 +6,7 @@ exact (temperature, version and prompt ids of each completion); a service that d
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, JsonValue
@@ -121,6 +122,14 @@ class Group(WireModel):
     metrics: dict[str, Number | bool] = {}
     logs: list[str] = []
     exceptions: list[ExceptionRecord] = []
+
+
+def groups_json(groups: Iterable[Group]) -> Iterator[bytes]:
+    """The JSON of a list of groups, group by group."""
+    yield b"["
+    for index, group in enumerate(groups):
+        yield (b"," if index else b"") + group.model_dump_json().encode()
+    yield b"]"
 
 
 def plain(message: Message) -> dict[str, Any]:
