@@ -272,14 +272,13 @@ def time_layers(
     policy = stack(sizes, device, compiled=not options.tiny)
     trained = sum(sample.num_trainable_tokens for sample in samples)
     rows: list[dict[str, Any]] = []
-    for layout, by_flash in (*((layout, False) for layout in LAYOUTS), ("shared", True)):
+    for layout in LAYOUTS:
         batch = batch_of(samples, layout, device)
         if batch.layout != layout:
             continue
-        attention.TREES_BY_FLASH = by_flash
         row: dict[str, Any] = {
             "batch": case,
-            "layout": layout + (", flash by parts" if by_flash else ""),
+            "layout": layout,
             "positions": batch.num_positions,
         }
         if device.type == "cuda":

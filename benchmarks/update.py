@@ -41,7 +41,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 import fitrl
 from fitrl.data.completion import Completion
-from fitrl.policy import attention, loading, module
+from fitrl.policy import loading, module
 from fitrl.policy.attention import read_no_packed_rows, read_packed_rows
 from fitrl.policy.policy import Policy
 
@@ -91,10 +91,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a small model, not compiled: whether it runs")
     parser.add_argument("--only", nargs="*", default=[], help="parts of the names of the cases to run")
     parser.add_argument("--trl", action="store_true", help="also TRL's update, where a case has it")
-    parser.add_argument("--untried", action="store_true", help="with the kernels that policy/attention.py has off")
     parser.add_argument("--output", type=Path, help="folder for update.md and .json")
     options = parser.parse_args()
-    attention.TREES_BY_FLASH = attention.LONG_BY_CUDNN = options.untried
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = [case for case in CASES if not options.only or any(part in case.name for part in options.only)]

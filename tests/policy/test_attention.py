@@ -229,13 +229,12 @@ def test_torch_has_the_flash_kernel_that_is_asked_for() -> None:
 
 
 @GPU
-@pytest.mark.parametrize(("layout", "by_tree"), [("packed", False), ("shared", False), ("shared", True)])
+@pytest.mark.parametrize("layout", ["packed", "shared"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (50, None), (None, 2.0), (50, 2.0)])
 def test_gpu_kernels_compute_what_the_dense_mask_does(
-    layout: str, by_tree: bool, dtype: torch.dtype, window: Any, softcap: Any, monkeypatch: pytest.MonkeyPatch
+    layout: str, dtype: torch.dtype, window: Any, softcap: Any
 ) -> None:
-    monkeypatch.setattr(attention, "TREES_BY_FLASH", by_tree)
     prompt = list(range(200))
     samples = [
         sample(token_history([*prompt, *[i] * (20 + 30 * i)], [0] * 200 + [1] * (20 + 30 * i))) for i in range(6)
@@ -262,7 +261,6 @@ def test_one_long_history_takes_the_kernel_for_one(device: str, monkeypatch: pyt
     inputs = as_packed(batch.to(device).model_inputs)
     assert not attention.packed_row(inputs).is_one_long_history
     monkeypatch.setattr(attention, "LONG", 256)
-    monkeypatch.setattr(attention, "LONG_BY_CUDNN", True)
     row = attention.packed_row(inputs)
     if device == "cuda":
         assert row.is_one_long_history and row.length == 304

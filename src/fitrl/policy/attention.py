@@ -8,9 +8,9 @@ row's histories would alone; everything else, padded batches and sampling with a
 |-------------------------------------------------------|---------------------------------------------|
 | CPU; float64; heads of fewer than 16 numbers          | a dense mask: the reference                 |
 | CUDA, 16-bit, nothing shared, logits not soft-capped  | flash attention over lengths                |
+| the same, one history of 8,192 tokens, on a Hopper    | cuDNN's attention                           |
+| CUDA, 16-bit, shared, no window and no soft cap       | flash attention by parts, `tree_attention`  |
 | CUDA otherwise                                        | FlexAttention, compiled once for all shapes |
-| the second, one history of 8,192 tokens, on a Hopper  | cuDNN's attention, with `LONG_BY_CUDNN`     |
-| 16-bit, shared, without a window or a soft cap        | flash by parts, with `TREES_BY_FLASH`       |
 
 All of it can be traced: a compiled decoder layer is one graph, its attention in the middle. So masks are made before
 the layers run, by `prepare`.
@@ -37,10 +37,7 @@ from fitrl.policy.packed_row import BLOCK, PackedRow
 from fitrl.policy.tree_attention import tree_attention
 
 _BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-# off until test_attention.py has held them to the dense mask on a GPU, and update.py has timed them there:
-TREES_BY_FLASH = True  # shared prefixes by `tree_attention`
-LONG_BY_CUDNN = True  # one history of `LONG` positions or more by `causal_attention`
-LONG = 8192
+LONG = 8192  # positions from which on one history alone is worth cuDNN's attention
 _LONG_BACKEND = SDPBackend.CUDNN_ATTENTION
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
 _STOCK = ("sdpa", "eager")
@@ -77,7 +74,7 @@ def is_one_long_history(inputs: ModelInputs) -> bool:
     """Whether a batch, padded or packed, is a single history that cuDNN's attention is worth taking for."""
     rows, length = inputs.input_ids.shape
     one = rows == 1 and (inputs.boundaries is None or len(inputs.boundaries) == 2)
-    if not (LONG_BY_CUDNN and one and length >= LONG and inputs.input_ids.device.type == "cuda"):
+    if not (one and length >= LONG and inputs.input_ids.device.type == "cuda"):
         return False
     return torch.cuda.get_device_capability(inputs.input_ids.device) >= (9, 0)
 
@@ -210,7 +207,7 @@ def choose_kernel(
         return "causal"
     if row.crossings is None:
         return "lengths"
-    return "tree" if window is None and TREES_BY_FLASH else "flex"
+    return "tree" if window is None else "flex"
 
 
 def dense_attention(
@@ -328,5 +325,5 @@ def prepare(row: PackedRow, network: Any) -> None:
         window = None if width is not None and width >= row.longest else width
         if device != "cuda":
             row.dense(window)
-        elif not flash or (row.crossings is not None and (window is not None or not TREES_BY_FLASH)):
+        elif not flash or (row.crossings is not None and window is not None):
             row.blocks(window)
