@@ -83,7 +83,7 @@ class FSDP2Strategy(PolicyVerbs, ModelParallelStrategy):
 
     # -- what PolicyModule asks for -----------------------------------------------------------------------------
 
-    def shard(self, policy: Policy, *, precision: str, moments: str, compiles: bool) -> None:
+    def shard(self, policy: Policy, *, precision: str, moments: str, compiles: bool) -> Policy:
         """Cut a policy that was just loaded, the same on every rank, into this rank's pieces.
 
         Args:
@@ -118,6 +118,7 @@ class FSDP2Strategy(PolicyVerbs, ModelParallelStrategy):
             fully_shard(layer, mp_policy=inner if narrow is not None else MixedPrecisionPolicy(), **options)
         root: Any = fully_shard(Root(policy.network), reshard_after_forward=False, **options)
         policy.root = root
+        return policy
 
     # -- whole weights for the embedded sampler -----------------------------------------------------------------
 
