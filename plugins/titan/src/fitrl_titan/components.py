@@ -240,6 +240,8 @@ class TitanNetwork:
         self._share_positions(device)
         for module in self.shards():
             module.set_gradient_divide_factor(float(degrees.data))  # `PolicyModule` counts on a mean over the data
+            if device.type == "cpu":
+                module.set_force_sum_reduction_for_comms(True)  # gloo cannot divide on the way
         self.mesh = parallel.get_optional_mesh("cp")
 
     def make(self) -> None:
