@@ -33,7 +33,7 @@ from torchtitan.models.qwen3.model import Qwen3Model
 from torchtitan.models.qwen3.state_dict_adapter import Qwen3StateDictAdapter
 
 from fitrl.errors import UnsupportedError
-from fitrl.policy.attention import attend
+from fitrl.policy.attention import allow_many_graphs, attend
 from fitrl.policy.packed_row import PackedRow
 
 Checkpointing = Literal["none", "selective", "full"]
@@ -223,6 +223,8 @@ class TitanNetwork:
             context_parallel_load_balancer=None,
             spmd_backend=_BACKEND,
         )
+        if compiles:
+            allow_many_graphs()
         self._config.update_from_config(config=SimpleNamespace(parallelism=parallelism))
         self.make()
         # chosen at import, and never a CPU

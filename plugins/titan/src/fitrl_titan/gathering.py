@@ -13,6 +13,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+class _CountedOnce(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, tensor: Tensor, count: int) -> Tensor:
+        context.count = count
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] / context.count, None
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, stretch: Tensor, group: dist.ProcessGroup, dimension: int) -> Tensor:
@@ -25,6 +36,14 @@ class _Gather(torch.autograd.Function):
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         own = gradients[0].chunk(context.group.size(), dim=context.dimension)[context.group.rank()]
         return own, None, None
+
+
+def counted_once(tensor: Tensor, count: int) -> Tensor:
+    """A tensor that so many ranks use all of, each with the same gradient, which are going to be summed."""
+    if count == 1:
+        return tensor
+    used: Tensor = _CountedOnce.apply(tensor, count)  # type: ignore[no-untyped-call]
+    return used
 
 
 def gather(stretch: Tensor, group: dist.ProcessGroup, dimension: int) -> Tensor:

@@ -24,7 +24,7 @@ from fitrl.policy.attention import attention_kernels, prepare
 from fitrl.policy.packed_row import BLOCK, PackedRow
 from fitrl.policy.policy import Policy
 from fitrl_titan.components import TitanNetwork, block_mask
-from fitrl_titan.gathering import gather
+from fitrl_titan.gathering import counted_once, gather
 
 
 @dataclass(slots=True, kw_only=True)
@@ -64,10 +64,7 @@ class TitanPolicy(Policy):
         weight = self.titan.head_weight
         if isinstance(weight, DTensor):
             weight = weight.full_tensor()
-        if self.titan.mesh is not None:  # else each rank's gradient would be all of it, and their sum too much
-            rows, group = weight.shape[0] // self.context_ranks, self.titan.mesh.get_group()
-            weight = gather(weight[rows * group.rank() : rows * (group.rank() + 1)], group, 0)
-        return weight, None
+        return counted_once(weight, self.context_ranks), None
 
     @property
     def head_here(self) -> tuple[Tensor, Tensor | None, VocabularyShard | None]:
@@ -81,9 +78,9 @@ class TitanPolicy(Policy):
             rows: Tensor = weight.to_local()
             weight, start = rows, weight.device_mesh.get_local_rank() * len(rows)
         if self.titan.mesh is not None:
-            count = len(weight) // self.context_ranks
-            first = count * self.titan.mesh.get_local_rank()
-            weight, start = weight[first : first + count], start + first
+            rank, count = self.titan.mesh.get_local_rank(), self.context_ranks
+            first, after = len(weight) * rank // count, len(weight) * (rank + 1) // count
+            weight, start = weight[first:after], start + first
         if len(weight) == size:
             return weight, None, None
         return weight, None, VocabularyShard(group=self.sharing, start=start, size=size)

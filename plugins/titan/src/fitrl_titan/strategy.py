@@ -139,21 +139,12 @@ class TitanStrategy(FSDP2Strategy):
 
     def _check_sizes(self, policy: Policy) -> None:
         config = policy.causal_lm.config.get_text_config()
-        by_heads = self.tensor_parallel_size
-        shares = {
-            "num_attention_heads": (config.num_attention_heads, by_heads, "tensor_parallel_size"),
-            "num_key_value_heads": (config.num_key_value_heads, by_heads, "tensor_parallel_size"),
-            "intermediate_size": (config.intermediate_size, by_heads, "tensor_parallel_size"),
-            "vocab_size": (
-                config.vocab_size,
-                self.ranks_per_data,
-                "tensor_parallel_size times context_parallel_size",
-            ),
-        }
-        for name, (value, size, argument) in shares.items():
-            if value % size:
+        for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size"):
+            value = getattr(config, name)
+            if value % self.tensor_parallel_size:
                 raise UnsupportedError(
-                    f"{argument} is {size}, which cannot share out {name}={value} equally: take one that divides it"
+                    f"tensor_parallel_size={self.tensor_parallel_size} cannot share out {name}={value} equally: take "
+                    "one that divides it"
                 )
 
     # -- whole weights ------------------------------------------------------------------------------------------
@@ -178,13 +169,9 @@ class TitanStrategy(FSDP2Strategy):
     @override
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         self.take_weights_back()
-        gathered: dict[int, Tensor] = {}
-        for name, tensor in self._titan.hf_state().items():
-            if id(tensor) not in gathered:
-                gathered = {id(tensor): whole(tensor.detach())} if "layers" in name else gathered | {
-                    id(tensor): whole(tensor.detach())
-                }
-            yield name, gathered[id(tensor)]
+        state: dict[str, Tensor] = self._titan.hf_state()
+        for name, tensor in state.items():
+            yield name, whole(tensor.detach())
 
     @override
     def whole_weights(self) -> dict[str, Tensor]:
