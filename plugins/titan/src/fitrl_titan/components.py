@@ -131,14 +131,9 @@ def model_config(config: Any) -> Qwen3Model.Config:
         UnsupportedError: an architecture, or a variant of one, that is not known here.
     """
     rope = config.rope_parameters
-    known = {
-        "model_type": (config.model_type, "qwen3"),
-        "attention_bias": (config.attention_bias, False),
-        "hidden_act": (config.hidden_act, "silu"),
-        "rope_type": (rope["rope_type"], "default"),
-        "use_sliding_window": (config.use_sliding_window, False),
-    }
-    for name, (found, wanted) in known.items():
+    known = {"model_type": "qwen3", "attention_bias": False, "hidden_act": "silu", "use_sliding_window": False}
+    asked = [(name, getattr(config, name, None), wanted) for name, wanted in known.items()]
+    for name, found, wanted in [*asked, ("rope_type", rope["rope_type"], "default")]:
         if found != wanted:
             raise UnsupportedError(
                 f"fitrl_titan trains Qwen3's dense models with {name}={wanted!r}, here it is {found!r}: take LocalTrainer"
