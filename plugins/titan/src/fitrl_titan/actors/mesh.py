@@ -105,17 +105,18 @@ class Mesh:
                 call.add_done_callback(_seen)
 
     def _told(self, verb: str, errors: dict[int, BaseException], waiting: int) -> BaseException:
-        number, first = next(iter(errors.items()))
+        first = next(iter(errors.values()))
         if len(errors) == len(self) and len({type(error) for error in errors.values()}) == 1:
             return first
-        message = f"{self._name} {number} of {len(self)} failed in {verb}: {type(first).__name__}: {first}"
+        raised = [f"{self._name} {n} of {len(self)}: {type(error).__name__}: {error}" for n, error in errors.items()]
+        message = f"{verb} failed on {'; '.join(raised)}"
         kind = StuckError if waiting else RankError
-        found = kind(f"{message}; {waiting} wait for it" if waiting else message)
+        found = kind(f"{message}; {waiting} more did not come back" if waiting else message)
         found.__cause__ = first
         return found
 
     def _lost(self, number: int, error: Exception) -> RankLostError:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        lines = [line for each in str(error).splitlines() if (line := each.strip(" '\")"))]
         return RankLostError(f"{self._name} {number} of {len(self)} has died: {lines[-1] if lines else error!r}")
 
     async def stop(self) -> None:
