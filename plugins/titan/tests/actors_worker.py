@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import torch
+from plain_trainer import opened
 
 import fitrl
 from fitrl.demo import TASKS, correct
@@ -24,7 +25,6 @@ from fitrl.policy.loading import load_policy
 from fitrl.testing.samples import make_samples
 from fitrl_titan import TitanTrainer
 from fitrl_titan.actors import SamplerActors, TrainerActors
-from plain_trainer import opened
 
 RATE, STEPS, BOUND = 1e-3, 4, 2
 
@@ -66,7 +66,7 @@ def local(root: Path, name: str) -> Iterator[fitrl.PolicyTrainer]:
 
 
 def batches(seed: int, count: int) -> list[fitrl.Batch]:
-    return fitrl.pack(make_samples(seed=seed, num_trajectories=8), num_batches=count)
+    return fitrl.pack(make_samples(seed=seed, num_trajectories=8), num_batches=count, layout="padded")
 
 
 async def told(call: Any) -> list[str]:

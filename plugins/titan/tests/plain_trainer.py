@@ -1,6 +1,6 @@
-"""A trainer of somebody else: the verbs of `PolicyTrainer` on plain torch, no base class, no ranks that know each other.
+"""A trainer of somebody else: the verbs of `PolicyTrainer` on plain torch.
 
-The README shows it; the tests run it.
+It has no base class, and its ranks do not know each other.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fitrl
-from fitrl.errors import CheckpointError, NothingAccumulatedError
+from fitrl.errors import CheckpointError, NothingAccumulatedError, UnsupportedError
 from fitrl.policy.batch_loss import batch_loss
 from fitrl.policy.loading import load_policy
 from fitrl.protocols.results import (
@@ -36,6 +36,8 @@ class PlainTrainer:
 
     def _logprobs(self, batch: fitrl.Batch) -> Tensor:
         rows, inputs = batch.loss_inputs, batch.model_inputs
+        if batch.layout != "padded":
+            raise UnsupportedError(f"a {batch.layout} row: use pack(..., layout='padded')")
         logits = self._network(inputs.input_ids).logits.flatten(0, 1)[rows.rows] / rows.temperature[:, None]
         return logits.log_softmax(-1).gather(1, rows.targets[:, None]).squeeze(1)
 

@@ -42,7 +42,7 @@ def made(config: Any) -> Any:
 
 @pytest.fixture
 def exact(monkeypatch) -> None:
-    """torchtitan rotates in float32 and transformers' norms are in float32, whatever the model computes in; not here."""
+    """torchtitan rotates in float32, and transformers' norms are in float32, whatever the model computes in."""
 
     def rotate(query: Tensor, key: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = table.double().chunk(2, dim=-1)

@@ -28,7 +28,11 @@ from fitrl.testing import (
 )
 from fitrl_titan import TitanStrategy, TitanTrainer
 
-WAYS: dict[str, dict[str, int]] = {"Data": {}, "Tensor": {"tensor_parallel_size": 2}, "Context": {"context_parallel_size": 2}}
+WAYS: dict[str, dict[str, int]] = {
+    "Data": {},
+    "Tensor": {"tensor_parallel_size": 2},
+    "Context": {"context_parallel_size": 2},
+}
 EVERYTHING = os.environ.get("FITRL_TITAN_ALL") == "1"
 CHOSEN = ("TestFitRLContext", "TestUnderLightningData", "TestVerbsTensor")
 
@@ -72,9 +76,7 @@ class UnderLightning(LightningContract, LightningFitRLContract):
     def strategy(self, folder: Path) -> TitanStrategy:
         return TitanStrategy(**WAYS[self.way])
 
-    def open_trainer(
-        self, setup: Setup, *callbacks: Callback, **options: Any
-    ) -> AbstractContextManager[TitanTrainer]:
+    def open_trainer(self, setup: Setup, *callbacks: Callback, **options: Any) -> AbstractContextManager[TitanTrainer]:
         return new_trainer(self.way, setup, callbacks=list(callbacks), **options)
 
 

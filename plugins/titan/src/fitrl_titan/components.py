@@ -8,7 +8,6 @@ which hands hidden states through, because the loss multiplies with it (what tor
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -136,7 +135,8 @@ def model_config(config: Any) -> Qwen3Model.Config:
     for name, found, wanted in [*asked, ("rope_type", rope["rope_type"], "default")]:
         if found != wanted:
             raise UnsupportedError(
-                f"fitrl_titan trains Qwen3's dense models with {name}={wanted!r}, here it is {found!r}: take LocalTrainer"
+                f"fitrl_titan trains Qwen3's dense models with {name}={wanted!r}, here it is {found!r}: take "
+                "LocalTrainer"
             )
     norm = RMSNorm.Config(normalized_shape=config.hidden_size, eps=config.rms_norm_eps)
     layers = _build_qwen3_layers(

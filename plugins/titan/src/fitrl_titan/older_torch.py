@@ -8,4 +8,4 @@ import torch.distributed.fsdp as fsdp
 def lend_names() -> None:
     """Let torchtitan be imported."""
     if not hasattr(fsdp, "DataParallelMeshDims"):
-        fsdp.DataParallelMeshDims = type("DataParallelMeshDims", (), {})  # type: ignore[attr-defined,unused-ignore]
+        setattr(fsdp, "DataParallelMeshDims", type("DataParallelMeshDims", (), {}))  # noqa: B010 - a type to mypy

@@ -75,8 +75,8 @@ class TitanPolicy(Policy):
         """
         weight, size, start = self.titan.head_weight, self.vocabulary_size, 0
         if isinstance(weight, DTensor):
-            rows: Tensor = weight.to_local()
-            weight, start = rows, weight.device_mesh.get_local_rank() * len(rows)
+            mesh, rows = weight.device_mesh, weight.to_local()
+            weight, start = rows, mesh.get_local_rank() * len(rows)
         if self.titan.mesh is not None:
             rank, count = self.titan.mesh.get_local_rank(), self.context_ranks
             first, after = len(weight) * rank // count, len(weight) * (rank + 1) // count
@@ -136,7 +136,8 @@ class TitanPolicy(Policy):
         """Logits [B, L, V] of a batch."""
         hidden = self.hidden_of(inputs)
         weight, bias = self.head
-        return linear_logits(hidden.flatten(0, 1), weight, bias=bias).unflatten(0, hidden.shape[:2])
+        logits = linear_logits(hidden.flatten(0, 1), weight, bias=bias)
+        return logits.view(*hidden.shape[:2], -1)
 
     def hidden(self, input_ids: Tensor, position_ids: Tensor | None = None, **cache: Any) -> Any:
         """Not of this policy: it samples from a copy in transformers' modules.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -75,8 +75,7 @@ class TitanStrategy(FSDP2Strategy):
     def setup_environment(self) -> None:
         size, shared = self.num_nodes * self.num_processes, self.ranks_per_data
         sizes = (
-            f"tensor_parallel_size={self.tensor_parallel_size} times "
-            f"context_parallel_size={self.context_parallel_size}"
+            f"tensor_parallel_size={self.tensor_parallel_size} times context_parallel_size={self.context_parallel_size}"
         )
         if size % shared or self._wanted_data not in (None, size // shared):
             wanted = "" if self._wanted_data is None else f" times data_parallel_size={self._wanted_data}"
@@ -95,7 +94,7 @@ class TitanStrategy(FSDP2Strategy):
             policy: on the CPU, the same on every rank.
             precision: Lightning's; under "bf16-mixed" layers are gathered in bfloat16, which is what they compute in.
             moments: of AdamW; bitsandbytes' cannot be cut.
-            compiles: whether each decoder layer is compiled.
+            compiles: whether each decoder layer is compiled; with tensor parallel they cannot be.
 
         Raises:
             UnsupportedError: one of these, adapters, an architecture that is not known, or a size that cannot be shared
@@ -110,9 +109,15 @@ class TitanStrategy(FSDP2Strategy):
             raise UnsupportedError(f"AdamWSettings(moments={moments!r}) cannot be sharded: take 'float32'")
         if precision not in DTYPES:
             raise UnsupportedError(f"precision={precision!r}: torchtitan computes in {' or '.join(DTYPES)}")
+        if compiles and self.tensor_parallel_size > 1:
+            raise UnsupportedError(
+                f"compile=True with tensor_parallel_size={self.tensor_parallel_size}: torch's compiler cannot follow "
+                "layers that are cut over ranks through batches of any length; take compile=False, or "
+                "tensor_parallel_size=1"
+            )
         self._check_sizes(policy)
         module: Any = self.lightning_module
-        recomputed = "selective" if self.selective_checkpointing else "full"
+        recomputed: Literal["selective", "full"] = "selective" if self.selective_checkpointing else "full"
         titan = TitanNetwork(policy.causal_lm)
         self._copy = LentPolicy(policy)
         titan.build(

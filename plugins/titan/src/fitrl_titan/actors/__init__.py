@@ -1,8 +1,8 @@
 """Trainers and samplers in processes of their own, as actors of Monarch, behind fitrl's protocols.
 
-    async with TrainerActors(open_trainer, ranks=2) as trainer:  # an AsyncPolicyTrainer
-        await trainer.forward_backward(batches)
-        await trainer.optim_step(learning_rate=1e-5)
+async with TrainerActors(open_trainer, ranks=2) as trainer:  # an AsyncPolicyTrainer
+    await trainer.forward_backward(batches)
+    await trainer.optim_step(learning_rate=1e-5)
 """
 
 from fitrl.errors import MissingDependencyError

@@ -1,4 +1,4 @@
-"""`Mesh`: processes on this machine with one actor each, asked one by one or together; the only file that calls Monarch.
+"""`Mesh`: processes on this machine with one actor each, asked one by one or together; nothing else calls Monarch.
 
 Enters: a verb and its arguments. Leaves: what each process answered, or an error that names the process. Monarch's
 adverbs stay in here.

@@ -5,6 +5,7 @@ Enters: verbs of `PolicyTrainer`. Leaves: what the trainer answered.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -21,8 +22,16 @@ from fitrl.protocols.verbs import PolicyTrainer
 from fitrl_titan.actors.answers import Answer, answer
 
 _VERBS = frozenset(
-    "forward_backward optim_step clear_gradients save load get_config get_status forward begin_export next_weights "
-    "find_port open close".split()
+    {
+        *("forward_backward", "optim_step", "clear_gradients", "save", "load", "get_config", "get_status", "forward"),
+        *(
+            "find_port",
+            "open",
+            "close",
+            "begin_export",
+            "next_weights",
+        ),  # of this class, under a name with an underscore
+    }
 )
 _CHANGES = ("optim_step", "load")
 
@@ -82,10 +91,8 @@ class TrainerRank(Actor):
         self._context = self._opening()
         self._trainer = self._context.__enter__()
         if resumes:
-            try:
+            with contextlib.suppress(CheckpointError):  # none was saved yet
                 self._trainer.load()
-            except CheckpointError:
-                pass  # none was saved yet
         return ranks.num_data_ranks()
 
     def _close(self) -> None:

@@ -158,13 +158,15 @@ class TrainerActors:
         results = await self._call("forward_backward", self._shared_out(batches, objective))
         self._sent += len(batches)
         each = results[:: self._size // self._data_ranks]
-        return ForwardBackwardResult(loss=sum(one.loss for one in each), metrics=_reduced([one.metrics for one in each]))
+        return ForwardBackwardResult(
+            loss=sum(one.loss for one in each), metrics=_reduced([one.metrics for one in each])
+        )
 
     async def optim_step(self, *, learning_rate: float | None = None) -> OptimStepResult:
         """Clip, step, advance the schedule, clear."""
-        results = await self._call("optim_step", self._alike(learning_rate=learning_rate))
+        found: OptimStepResult = (await self._call("optim_step", self._alike(learning_rate=learning_rate)))[0]
         sent, self._sent = self._sent, 0
-        return dataclasses.replace(results[0], accumulated_microbatches=sent)
+        return dataclasses.replace(found, accumulated_microbatches=sent)
 
     async def clear_gradients(self) -> None:
         """Forget what was accumulated."""
