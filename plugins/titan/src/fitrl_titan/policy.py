@@ -14,11 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.functional import pad
+from torch.nn.functional import linear, pad
 
 from fitrl.data.batch import ModelInputs
 from fitrl.errors import UnsupportedError
-from fitrl.objective.logprobs import linear_logits
 from fitrl.objective.vocabulary_shard import VocabularyShard
 from fitrl.policy.attention import attention_kernels, prepare
 from fitrl.policy.packed_row import BLOCK, PackedRow
@@ -90,15 +89,15 @@ class TitanPolicy(Policy):
     def hidden_of(self, inputs: ModelInputs) -> Tensor:
         """Last hidden states [B, L, H] of a batch; a packed row may go on behind its tokens."""
         device = inputs.input_ids.device
-        # torchtitan's mixed precision is in its weights
-        with attention_kernels(device), torch.autocast(device.type, enabled=False):
-            if self.titan.mesh is not None:
-                return self._stretches(inputs)
-            if inputs.ends is None:
-                return self._padded(inputs)
+        row = None
+        if inputs.ends is not None and self.titan.mesh is None:
             row = PackedRow(inputs, multiple_of=self._multiple(device))
             prepare(row, self.empty)
-            return self.titan.hidden(row.input_ids, row.position_ids, row)
+        # torchtitan's mixed precision is in its weights
+        with attention_kernels(device), torch.autocast(device.type, enabled=False):
+            if row is not None:
+                return self.titan.hidden(row.input_ids, row.position_ids, row)
+            return self._padded(inputs) if self.titan.mesh is None else self._stretches(inputs)
 
     def _padded(self, inputs: ModelInputs) -> Tensor:
         """Each history in a row of its own, the padding out of sight behind it."""
@@ -134,10 +133,8 @@ class TitanPolicy(Policy):
 
     def full_logits_of(self, inputs: ModelInputs) -> Tensor:
         """Logits [B, L, V] of a batch."""
-        hidden = self.hidden_of(inputs)
-        weight, bias = self.head
-        logits = linear_logits(hidden.flatten(0, 1), weight, bias=bias)
-        return logits.view(*hidden.shape[:2], -1)
+        hidden = self.hidden_of(inputs)  # first: until the layers ran, the head lies in pieces
+        return linear(hidden, self.head[0])
 
     def hidden(self, input_ids: Tensor, position_ids: Tensor | None = None, **cache: Any) -> Any:
         """Not of this policy: it samples from a copy in transformers' modules.
