@@ -235,6 +235,7 @@ class TitanNetwork:
             dump_folder="",
         )
         self._share_positions(device)
+        self.module.lm_head.forward = _handed_through  # once more, because the plan has put its own around it
         for module in self.shards():
             module.set_gradient_divide_factor(float(degrees.data))  # `PolicyModule` counts on a mean over the data
             if device.type == "cpu":
@@ -259,7 +260,6 @@ class TitanNetwork:
             ropes[0]._init_self_buffers(buffer_device=device)
         for rope in ropes:
             rope.cache = ropes[0].cache
-        self.module.lm_head.forward = _handed_through
 
     def shards(self) -> Iterator[FSDPModule]:
         """What is gathered and cut as one."""
