@@ -14,8 +14,10 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
+import torchtitan.distributed.context_parallel.api
 import torchtitan.distributed.parallel_dims
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -34,6 +36,7 @@ from torchtitan.models.qwen3.state_dict_adapter import Qwen3StateDictAdapter
 from fitrl.errors import UnsupportedError
 from fitrl.policy.attention import allow_many_graphs, attend
 from fitrl.policy.packed_row import PackedRow
+from fitrl_titan.gathering import gather
 
 Checkpointing = Literal["none", "selective", "full"]
 _BACKEND = "partial_dtensor"  # weights and activations are DTensors only where tensor parallel cuts them
@@ -224,6 +227,8 @@ class TitanNetwork:
         self.make()
         # chosen at import, and never a CPU
         torchtitan.distributed.parallel_dims.device_type = device.type
+        if device.type == "cpu":
+            torchtitan.distributed.context_parallel.api.flex_cp_allgather = _keys_and_values
         parallel = ParallelDims.from_config(parallelism, degrees.data * degrees.context * degrees.tensor)
         parallelize_qwen3(
             self.module,
@@ -300,6 +305,13 @@ def block_mask(ends: Tensor, start: int, size: int) -> Any:
         return (key <= query + start) & (query + start < ends[key])
 
     return create_attention_mask(allow, 1, None, size, len(ends), device=ends.device)
+
+
+def _keys_and_values(key: Tensor, value: Tensor, dimension: int, group_name: str) -> tuple[Tensor, Tensor]:
+    """Keys and values of all context ranks, for CPUs: torchtitan starts its gather asynchronously, and waits."""
+    c10d: Any = distributed_c10d
+    group = c10d._resolve_process_group(group_name)
+    return gather(key, group, dimension, adds_up=True), gather(value, group, dimension, adds_up=True)
 
 
 def _handed_through(hidden: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Tensors of which each rank of a group holds a stretch, put together with a gradient.
 
-Enters: a rank's stretch. Leaves: the whole, the same on every rank, whose gradient is the same on every rank, too: so
+Enters: a rank's stretch. Leaves: the whole, the same on every rank. Where its gradient is the same on every rank, too,
 each takes its own stretch of it back, and nothing crosses.
 """
 
@@ -26,16 +26,20 @@ class _CountedOnce(torch.autograd.Function):
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(context: Any, stretch: Tensor, group: dist.ProcessGroup, dimension: int) -> Tensor:
-        context.group, context.dimension = group, dimension
+    def forward(context: Any, stretch: Tensor, group: dist.ProcessGroup, dimension: int, adds_up: bool) -> Tensor:
+        context.group, context.dimension, context.adds_up = group, dimension, adds_up
         parts = [torch.empty_like(stretch) for _ in range(group.size())]
         dist.all_gather(parts, stretch.contiguous(), group=group)
         return torch.cat(parts, dim=dimension)
 
     @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        own = gradients[0].chunk(context.group.size(), dim=context.dimension)[context.group.rank()]
-        return own, None, None
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        whole = gradients[0]
+        if context.adds_up:
+            whole = whole.clone(memory_format=torch.contiguous_format)
+            dist.all_reduce(whole, group=context.group)
+        own = whole.chunk(context.group.size(), dim=context.dimension)[context.group.rank()]
+        return own, None, None, None
 
 
 def counted_once(tensor: Tensor, count: int) -> Tensor:
@@ -46,13 +50,14 @@ def counted_once(tensor: Tensor, count: int) -> Tensor:
     return used
 
 
-def gather(stretch: Tensor, group: dist.ProcessGroup, dimension: int) -> Tensor:
+def gather(stretch: Tensor, group: dist.ProcessGroup, dimension: int, *, adds_up: bool = False) -> Tensor:
     """Put equal stretches together along a dimension; a collective.
 
     Args:
         stretch: this rank's.
         group: the ranks that hold the others, in their order.
         dimension: along which they lie.
+        adds_up: whether each rank's gradient is its own part of the whole one, so that they have to be summed.
     """
-    whole: Tensor = _Gather.apply(stretch, group, dimension)  # type: ignore[no-untyped-call]
+    whole: Tensor = _Gather.apply(stretch, group, dimension, adds_up)  # type: ignore[no-untyped-call]
     return whole
