@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PLUGINS := $(wildcard plugins/*/pyproject.toml)
+# torchtitan wants older packages than our tested set has, so it has an environment of its own: test-titan
+PLUGINS := $(filter-out plugins/titan/%,$(wildcard plugins/*/pyproject.toml))
 
-.PHONY: demo test test-tinker test-vllm lint setup clean
+.PHONY: demo test test-tinker test-titan test-vllm lint setup clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fitrl demo
@@ -21,6 +22,16 @@ plugins/vllm/.venv/.installed: plugins/vllm/requirements-cpu.txt plugins/vllm/py
 	plugins/vllm/.venv/bin/python -m pip install --quiet --requirement plugins/vllm/requirements-cpu.txt
 	plugins/vllm/.venv/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec # break beside a CPU torch
 	plugins/vllm/.venv/bin/python -m pip install --quiet --editable . --editable 'plugins/vllm[test]'
+	touch $@
+
+# torchtitan's parallel plans and Monarch's actors, on gloo ranks
+test-titan: plugins/titan/.venv/.installed
+	plugins/titan/.venv/bin/python -m pytest plugins/titan/tests
+
+plugins/titan/.venv/.installed: plugins/titan/constraints.txt plugins/titan/pyproject.toml pyproject.toml
+	$(PYTHON) -m venv plugins/titan/.venv
+	plugins/titan/.venv/bin/python -m pip install --quiet --constraint plugins/titan/constraints.txt \
+		--editable '.[test]' --editable 'plugins/titan[test]'
 	touch $@
 
 lint: $(VENV)/.installed-test

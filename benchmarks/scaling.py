@@ -7,10 +7,14 @@ With `--zero` the stages of ZeRO (`plugins/deepspeed`) beside `fitrl_fsdp2`, on 
 one, host memory of the first process, time. Nothing is compiled there, because stage 3 cannot be; `--ranks 1` is the
 case of offloading on a single device.
 
+With `--titan` torchtitan's plans (`plugins/titan`) beside one device and `fitrl_fsdp2`, compiled but for tensor
+parallel; `--ranks 1` compares torchtitan's modules with transformers' on a single device.
+
     python benchmarks/scaling.py [--ranks 2] [--output benchmarks/results]             on a machine with so many GPUs
     python benchmarks/scaling.py --tensor-parallel 2 ...                               fitrl_fsdp2 by groups of two
     python benchmarks/scaling.py --zero [--ranks 2] [--output benchmarks/results]      the stages of ZeRO
-    python benchmarks/scaling.py --tiny [--zero]                                       whether it runs, on CPUs
+    python benchmarks/scaling.py --titan [--ranks 1] [--output benchmarks/results]     torchtitan's plans
+    python benchmarks/scaling.py --tiny [--zero] [--titan]                             whether it runs, on CPUs
 """
 
 from __future__ import annotations
@@ -57,6 +61,15 @@ ZERO_RUNS = (
     ("4B LoRA r16, recomputed", Case("4B LoRA", "4B", "uneven", lora=True, checkpointing=True), ZERO),
     ("4B full, recomputed", Case("4B full", "4B", "uneven", checkpointing=True), ZERO),
 )
+TITAN = ("fitrl_local", "fitrl_fsdp2", "titan", "titan, tensor 2", "titan, context 2")
+TITAN_RUNS = (
+    ("0.6B full", Case("0.6B full", "0.6B", "uneven"), TITAN),
+    (
+        "0.6B full, recomputed",
+        Case("0.6B full", "0.6B", "uneven", checkpointing=True),
+        (*TITAN[:3], "titan, selective"),
+    ),
+)
 
 
 def main() -> None:
@@ -64,6 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a small model on CPUs, not compiled: whether it runs")
     parser.add_argument("--zero", action="store_true", help="the stages of ZeRO beside FSDP2")
+    parser.add_argument("--titan", action="store_true", help="torchtitan's plans beside one device and FSDP2")
     parser.add_argument("--ranks", type=int, default=2, help="devices of the larger jobs")
     parser.add_argument(
         "--tensor-parallel", type=int, default=1, help="ranks that fitrl_fsdp2 has compute together; not compiled then"
@@ -78,10 +92,12 @@ def main() -> None:
         return
     rows: list[dict[str, Any]] = []
     text = ""
-    for number, (name, _, strategies) in enumerate(ZERO_RUNS if options.zero else RUNS):
+    for number, (name, _, strategies) in enumerate(runs(options)):
         if options.only and not any(part in name for part in options.only):
             continue
         for strategy in strategies:
+            if options.titan and options.ranks % 2 and strategy.endswith(" 2"):
+                continue  # needs two ranks
             row = {"run": name, "strategy": strategy, "devices": 1 if strategy == "fitrl_local" else options.ranks}
             if strategy == "fitrl_fsdp2" and options.tensor_parallel > 1:
                 row["tensor parallel"] = options.tensor_parallel
@@ -111,9 +127,15 @@ def write(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
     if options.output is not None:
         options.output.mkdir(parents=True, exist_ok=True)
         file, title = ("zero", "ZeRO by stage") if options.zero else ("scaling", "One device against several")
+        file, title = ("titan", "torchtitan's plans") if options.titan else (file, title)
         (options.output / f"{file}.md").write_text(f"# {title}\n\n{text}")
         (options.output / f"{file}.json").write_text(json.dumps({"rows": rows} | told, indent=1) + "\n")
     return text
+
+
+def runs(options: argparse.Namespace) -> Any:
+    """What is run, with which strategies."""
+    return ZERO_RUNS if options.zero else TITAN_RUNS if options.titan else RUNS
 
 
 def start(number: int, strategy: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -127,6 +149,7 @@ def start(number: int, strategy: str, options: argparse.Namespace) -> dict[str, 
         flags += ["--tiny"] if options.tiny else []
         flags += ["--tensor-parallel", str(options.tensor_parallel)]
         flags += ["--zero"] if options.zero else []
+        flags += ["--titan"] if options.titan else []
         done = subprocess.run([*launcher, __file__, *flags], capture_output=True, text=True, check=False)
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if "Error: " in line]  # torchrun has the last word
@@ -139,7 +162,7 @@ def job(number: int, strategy: str, options: argparse.Namespace) -> None:
     """One job, on every rank: update, time, let rank 0 write."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     gpu = torch.cuda.is_available() and not options.tiny
-    case = (ZERO_RUNS if options.zero else RUNS)[number][1]
+    case = runs(options)[number][1]
     local = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local) if gpu else torch.device("cpu")
     if gpu:
@@ -205,9 +228,18 @@ def job(number: int, strategy: str, options: argparse.Namespace) -> None:
 
 
 def trainer_of(strategy: str, together: int, **options: Any) -> fitrl.LocalTrainer:
-    """A trainer with a strategy by name, so many ranks computing together, or with a stage of ZeRO."""
+    """A trainer with a strategy by name, so many ranks computing together, with torchtitan, or with a stage of ZeRO."""
     if together > 1:
         return fitrl.LocalTrainer(strategy=FSDP2Strategy(tensor_parallel_size=together), **options)
+    if strategy.startswith("titan"):
+        from fitrl_titan import TitanTrainer
+
+        how = strategy.removeprefix("titan").removeprefix(", ")
+        sizes = {"tensor 2": {"tensor_parallel_size": 2}, "context 2": {"context_parallel_size": 2}}.get(how, {})
+        options["compile"] = options["compile"] and how != "tensor 2"
+        if how == "selective":
+            options["activation_checkpointing"] = "selective"
+        return TitanTrainer(**sizes, **options)
     if not strategy.startswith("zero "):
         return fitrl.LocalTrainer(strategy=strategy, **options)
     from fitrl_deepspeed import DeepSpeedTrainer

@@ -21,7 +21,7 @@ from fitrl.policy.model import TrainableModel
 from fitrl.policy.module import PolicyModule
 from fitrl.policy.optimizers import AdamWSettings
 from fitrl.protocols.results import LocalTrainResult, TrainResult
-from fitrl.protocols.verbs import ExportsWeights, PolicyTrainer, Scores, SupportsFitRL, Trains
+from fitrl.protocols.verbs import AsyncPolicyTrainer, ExportsWeights, PolicyTrainer, Scores, SupportsFitRL, Trains
 from fitrl.rollout.datamodule import RolloutDataModule
 from fitrl.rollout.rollout import Chat, prompt_ids, rollout, rollout_async
 from fitrl.rollout.sampler import ChatSampler, Sampler
@@ -35,6 +35,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdamWSettings",
+    "AsyncPolicyTrainer",
     "BackendTrainer",
     "Batch",
     "Chat",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -44,6 +45,10 @@ class LentPolicy:
             if id(parameter) not in gathered:
                 gathered[id(parameter)] = whole(parameter.detach()).to(device)
             weights[name] = gathered[id(parameter)]
+        self.take(weights, device)
+
+    def take(self, weights: Mapping[str, Tensor], device: torch.device) -> None:
+        """Put all weights, whole and on the device, under the names of the policy's own network."""
         self._take(weights)
         self.policy.network.to(device)  # buffers
         self.is_filled = True
@@ -54,7 +59,7 @@ class LentPolicy:
             self._take({name: _empty(p) for name, p in self.policy.network.named_parameters(remove_duplicate=False)})
         self.is_filled = False
 
-    def _take(self, weights: dict[str, Tensor]) -> None:
+    def _take(self, weights: Mapping[str, Tensor]) -> None:
         self.policy.network.load_state_dict(weights, strict=False, assign=True)
 
 

@@ -161,7 +161,7 @@ def read_weights(policy: Policy, folder: Path, shapes: Mapping[str, torch.Size])
             state |= load_file(file)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"the weights in {folder} cannot be read: {error}") from error
-    tied = set() if policy.is_adapter else set(getattr(policy.network, "all_tied_weights_keys", {}) or {})
+    tied = set() if policy.is_adapter else set(getattr(policy.causal_lm, "all_tied_weights_keys", {}) or {})
     missing = sorted(shapes.keys() - state.keys() - tied)
     unexpected = sorted(state.keys() - shapes.keys())
     reshaped = [name for name in shapes.keys() & state.keys() if shapes[name] != state[name].shape]
@@ -198,7 +198,7 @@ def save_weights(policy: Policy, folder: Path, weights: Mapping[str, Tensor] | N
         folder: where.
         weights: what `trained_state` names, whole; None: they are whole in the policy.
     """
-    network: Any = policy.network
+    network: Any = policy.network if policy.is_adapter else policy.causal_lm
     options: dict[str, Any] = {}
     if policy.is_adapter:
         options["save_embedding_layers"] = False  # "auto" would ask the model hub whether the vocabulary was resized

@@ -121,12 +121,14 @@ class PolicyModule(lightning.LightningModule):
         shard = getattr(self.trainer.strategy, "shard", None)
         if shard is None and precision in ("bf16-mixed", "16-mixed"):
             narrow_frozen_layers(policy, torch.bfloat16 if precision == "bf16-mixed" else torch.float16)
-        if self.activation_checkpointing:
+        makes_layers = getattr(self.trainer.strategy, "makes_layers", False)  # of its own, and compiles those
+        if self.activation_checkpointing and not makes_layers:
             recompute_layers(policy, keep_attention=self.compiles)
-        if self.compiles:
+        if self.compiles and not makes_layers:
             compile_layers(policy)
         if shard is not None:
-            shard(policy, precision=precision, moments=self.optimizer_settings.moments, compiles=self.compiles)
+            moments = self.optimizer_settings.moments
+            policy = shard(policy, precision=precision, moments=moments, compiles=self.compiles)
         self._policy, self.network = policy, policy.network.train()
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -462,7 +464,7 @@ class PolicyModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW, and the schedule as a factor on its learning rate."""
-        parameters = [p for p in self.parameters() if p.requires_grad]
+        parameters = [self.placeholder] if self.placeholder is not None else self.policy.trained_parameters
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         optimizer = adamw(parameters, self.optimizer_settings, self.learning_rate, unscales=scaler is not None)
         schedule = self.lr_schedule or _constant

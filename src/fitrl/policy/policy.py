@@ -60,6 +60,11 @@ class Policy:
         return is_peft(self.network)
 
     @property
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """What the optimizer changes, in the order of a saved optimizer's state: that of the transformers model."""
+        return [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+
+    @property
     def hidden_size(self) -> int:
         """Width of the hidden states."""
         return int(self.causal_lm.config.get_text_config().hidden_size)

@@ -1,12 +1,13 @@
 """The protocols: small verbs that any trainer can satisfy without importing a base class.
 
 `SupportsFitRL` is the high level. `PolicyTrainer` is the low level and has three capabilities: `Trains`, `Scores`
-and `ExportsWeights`; a class implements those it can.
+and `ExportsWeights`; a class implements those it can. `AsyncPolicyTrainer` has the same verbs to be awaited, for
+trainers that run somewhere else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -96,3 +97,37 @@ class ExportsWeights(Protocol):
 @runtime_checkable
 class PolicyTrainer(Trains, Scores, ExportsWeights, Protocol):
     """All three capabilities."""
+
+
+@runtime_checkable
+class AsyncPolicyTrainer(Protocol):
+    """`PolicyTrainer` with verbs to be awaited: those of a trainer in other processes, say; see its methods."""
+
+    async def forward_backward(
+        self, batch: Batch, objective: Objective | CustomObjective | None = None
+    ) -> ForwardBackwardResult:
+        """Add the microbatch's gradient."""
+
+    async def optim_step(self, *, learning_rate: float | None = None) -> OptimStepResult:
+        """Clip, step, advance the schedule, clear."""
+
+    async def clear_gradients(self) -> None:
+        """Forget what was accumulated."""
+
+    async def save(self, name: str | None = None, path: str | None = None, weights_only: bool = False) -> str:
+        """Save; returns where."""
+
+    async def load(self, path: str | None = None) -> str:
+        """Load a save, None: the newest."""
+
+    async def get_config(self) -> TrainerConfig:
+        """What does not change."""
+
+    async def get_status(self) -> TrainerStatus:
+        """What does."""
+
+    async def forward(self, batch: Batch) -> TokenLogprobs:
+        """Logprobs of the batch's targets, without a gradient."""
+
+    def named_weights(self) -> AsyncIterator[tuple[str, Tensor]]:
+        """Full tensors under the names of a saved checkpoint; no step may be taken before it ends."""

@@ -83,7 +83,7 @@ class FSDP2Strategy(PolicyVerbs, ModelParallelStrategy):
 
     # -- what PolicyModule asks for -----------------------------------------------------------------------------
 
-    def shard(self, policy: Policy, *, precision: str, moments: str, compiles: bool) -> None:
+    def shard(self, policy: Policy, *, precision: str, moments: str, compiles: bool) -> Policy:
         """Cut a policy that was just loaded, the same on every rank, into this rank's pieces.
 
         Args:
@@ -124,6 +124,7 @@ class FSDP2Strategy(PolicyVerbs, ModelParallelStrategy):
                     any_module._is_fsdp_managed_module = False
         root: Any = fully_shard(Root(policy.network), reshard_after_forward=False, **options)
         policy.root = root
+        return policy
 
     # -- whole weights for the embedded sampler -----------------------------------------------------------------
 

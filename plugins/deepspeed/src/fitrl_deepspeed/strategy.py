@@ -79,7 +79,7 @@ class DeepSpeedRLStrategy(PolicyVerbs, ZeroStrategy):
 
     # -- what PolicyModule asks for -----------------------------------------------------------------------------
 
-    def shard(self, policy: Policy, *, precision: str, moments: str, compiles: bool) -> None:
+    def shard(self, policy: Policy, *, precision: str, moments: str, compiles: bool) -> Policy:
         """Bring a policy that was just loaded to the device; in stage 3 only this rank's slices of its weights.
 
         Args:
@@ -105,6 +105,7 @@ class DeepSpeedRLStrategy(PolicyVerbs, ZeroStrategy):
             pieces.cut(policy.network, config, DTYPES[precision])
         else:
             policy.network.to(self.root_device)
+        return policy
 
     # -- microbatches and steps ---------------------------------------------------------------------------------
 
