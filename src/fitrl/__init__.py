@@ -23,6 +23,7 @@ from fitrl.policy.optimizers import AdamWSettings
 from fitrl.protocols.results import LocalTrainResult, TrainResult
 from fitrl.protocols.verbs import ExportsWeights, PolicyTrainer, Scores, SupportsFitRL, Trains
 from fitrl.rollout.datamodule import RolloutDataModule
+from fitrl.rollout.pipeline import RolloutPipeline
 from fitrl.rollout.rollout import Chat, prompt_ids, rollout, rollout_async
 from fitrl.rollout.sampler import ChatSampler, Sampler
 from fitrl.rollout.transformers import TransformersSampler
@@ -58,6 +59,7 @@ __all__ = [
     "RLTrainer",
     "RewardProgressBar",
     "RolloutDataModule",
+    "RolloutPipeline",
     "Sampler",
     "Scores",
     "SupportsFitRL",
