@@ -48,7 +48,7 @@ class Completion:
         prompt_ids: the ids that the completion was sampled after; None asks the chat template.
         finish_reason: "stop", "length", "tool_calls", ...
         version: policy version (optimizer steps) that sampled it; the first of several.
-        versions: [T] the version that sampled each token, where the weights changed on the way; None: `version` did all.
+        versions: [T] the version that sampled each token, where the weights changed on the way; None: it is one.
         full_support: False after top_p < 1 or top_k, which change the distribution's support.
     """
 

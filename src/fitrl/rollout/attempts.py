@@ -106,7 +106,8 @@ class Attempts:
             async with asyncio.TaskGroup() as together:
                 jobs = [together.create_task(self._one(slot, index, redraw)) for index in range(self.group_size)]
         except* GaveUp as errors:
-            raise errors.exceptions[0] from None
+            first = errors.exceptions[0]
+            raise first from first.__cause__
         return [job.result() for job in jobs]
 
     async def _one(self, slot: Slot, index: int, redraw: int) -> Trajectory:

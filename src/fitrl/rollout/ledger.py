@@ -3,9 +3,10 @@
     <run>/pipeline/queue.json           which numbers are done, and the batches that no checkpoint holds yet
     <run>/pipeline/groups/<number>.json finished groups: those that wait, and those of these batches
 
-A file is written under a temporary name, flushed and renamed. `queue.json` alone says what was handed out, so a crash at
-any moment leaves the state before or the state after. A batch is kept until a checkpoint holds what was learned from it:
-a run that goes back to an older checkpoint is handed the same batches again. Groups that were under way are begun again.
+A file is written under a temporary name, flushed and renamed. `queue.json` alone says what was handed out, so a crash
+at any moment leaves the state before or the state after. A batch is kept until a checkpoint holds what was learned from
+it: a run that goes back to an older checkpoint is handed the same batches again. Groups that were under way are begun
+again.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from fitrl.data import ranks
 from fitrl.data.groups import TrajectoryGroup
@@ -53,7 +53,8 @@ class RolloutPipeline:
         group_size: attempts per task.
         groups_per_step: groups in a batch.
         max_steps_off_policy: how many steps the oldest token of a group may be behind the policy that is trained on
-            it. 0 samples only while nothing trains, and is `rollout` in a loop to the last bit.
+            it. 0 samples only while nothing trains, and is `rollout` in a loop; to the last bit, where the embedded
+            sampler answers all attempts of a step as one batch (max_concurrency=None).
         agent: see `rollout`. Completions of a client of its own have to say their `version`.
         model: whose run folder keeps what was finished and handed out, so that a run that was killed goes on with it:
             no group is lost or trained twice. Open it (`trainer.open`) before the first batch. None: in memory.
@@ -339,7 +340,7 @@ class RolloutPipeline:
         except GaveUp as error:
             self._drop(slot.number, "failed")
             self._failed_in_a_row.append(error.__cause__ or error)
-            if len(self._failed_in_a_row) > self.max_failed_groups:
+            if self._broken is None and len(self._failed_in_a_row) > self.max_failed_groups:
                 last = self._failed_in_a_row[-1]
                 self._broken = GroupError(
                     f"{len(self._failed_in_a_row)} groups in a row were dropped because an attempt failed for good, "
@@ -347,7 +348,7 @@ class RolloutPipeline:
                     list(self._failed_in_a_row),
                 )
         except Exception as error:  # told to whoever asks for a batch
-            self._broken = error
+            self._broken = self._broken or error
         finally:
             if self._slots.get(slot.number) is slot:
                 del self._slots[slot.number]

@@ -1,8 +1,9 @@
 """The embedded sampler: transformers and a KV cache, in the trainer's process, on the trainer's weights or a copy.
 
 A copy takes new weights between two tokens: what is under way goes on with them and its cache, and each token has the
-version that sampled it. Requests that arrive in the same turn of the event loop are sampled as one batch in a worker thread. A prompt is
-computed once for its n completions. Logprobs come from the same head as the trainer's, so that the two agree.
+version that sampled it. Requests that arrive in the same turn of the event loop are sampled as one batch in a worker
+thread. A prompt is computed once for its n completions. Logprobs come from the same head as the trainer's, so that the
+two agree.
 """
 
 from __future__ import annotations
