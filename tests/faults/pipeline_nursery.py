@@ -3,8 +3,8 @@
     python pipeline_nursery.py ROOT STEPS KILLS SEED MAX_STEPS_OFF_POLICY
 
 Each child is forked, begins to train on a few batches, and is killed with SIGKILL a random moment later; the last one
-is left alone. Before each call of `fit_rl` a child writes down what it is about to train on. Every second call saves, so
-a child also finds batches that were trained on and are in no checkpoint. Prints JSON.
+is left alone. Before each call of `fit_rl` a child writes down what it is about to train on. Every second call saves,
+so a child also finds batches that were trained on and are in no checkpoint. Prints JSON.
 """
 
 from __future__ import annotations
