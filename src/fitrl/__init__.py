@@ -23,7 +23,9 @@ from fitrl.policy.optimizers import AdamWSettings
 from fitrl.protocols.results import LocalTrainResult, TrainResult
 from fitrl.protocols.verbs import ExportsWeights, PolicyTrainer, Scores, SupportsFitRL, Trains
 from fitrl.rollout.datamodule import RolloutDataModule
+from fitrl.rollout.environment import Environment, EnvironmentAgent
 from fitrl.rollout.pipeline import RolloutPipeline
+from fitrl.rollout.reasoning_gym import ReasoningGym
 from fitrl.rollout.rollout import Chat, prompt_ids, rollout, rollout_async
 from fitrl.rollout.sampler import ChatSampler, Sampler
 from fitrl.rollout.transformers import TransformersSampler
@@ -42,6 +44,8 @@ __all__ = [
     "ChatSampler",
     "Completion",
     "CustomObjective",
+    "Environment",
+    "EnvironmentAgent",
     "ExceptionRecord",
     "ExportsWeights",
     "Feed",
@@ -57,6 +61,7 @@ __all__ = [
     "PolicyModule",
     "PolicyTrainer",
     "RLTrainer",
+    "ReasoningGym",
     "RewardProgressBar",
     "RolloutDataModule",
     "RolloutPipeline",
