@@ -5,7 +5,7 @@ result = trainer.fit_rl(model, groups, learning_rate=5e-6)
 """
 
 from fitrl.data.batch import Batch, Feed
-from fitrl.data.completion import Completion, Message
+from fitrl.data.completion import Completion, Message, Tool
 from fitrl.data.gather import gather
 from fitrl.data.groups import ExceptionRecord, History, TokenHistory, Trajectory, TrajectoryGroup
 from fitrl.data.packing import pack
@@ -69,6 +69,7 @@ __all__ = [
     "Scores",
     "SupportsFitRL",
     "TokenHistory",
+    "Tool",
     "TrainConfig",
     "TrainResult",
     "TrainableModel",
