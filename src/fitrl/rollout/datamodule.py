@@ -152,9 +152,10 @@ class RolloutDataModule(lightning.LightningDataModule):
                 "service: use a RolloutPipeline and fit_rl"
             )
         if self._pipeline is None:
+            copied = strategy.copied_policy() if hasattr(strategy, "copied_policy") else own_copy(module.policy)
             sampler = TransformersSampler(
-                own_copy(self._whole_policy()),
-                version=step,
+                copied,
+                version=-1,  # of no weights yet
                 context=strategy.precision_plugin.forward_context,
                 own_weights=True,
             )
@@ -172,8 +173,9 @@ class RolloutDataModule(lightning.LightningDataModule):
                 temperature=self.temperature,
                 seed=self.seed,
             )
-        elif self._pipeline.sampler.version != step:
-            self._take_back()
+        if self._pipeline.sampler.version != step:
+            if hasattr(strategy, "take_weights_back"):
+                strategy.take_weights_back()
             self._pipeline.sampler.update(module.named_weights(), step)
         groups = join_groups(next(self._pipeline))
         module.observe(self._pipeline.metrics())
@@ -224,12 +226,6 @@ class RolloutDataModule(lightning.LightningDataModule):
             strategy.lend_weights()
         policy: Policy = getattr(strategy, "lent_policy", None) or self._module().policy
         return policy
-
-    def _take_back(self) -> None:
-        """Where lent weights lie apart from those that are trained, give their memory back."""
-        assert self.trainer is not None  # as above
-        if hasattr(self.trainer.strategy, "take_weights_back"):
-            self.trainer.strategy.take_weights_back()
 
     def _module(self) -> PolicyModule:
         module = self.trainer.lightning_module if self.trainer is not None else None

@@ -26,7 +26,6 @@ from fitrl.data.packing import pack
 from fitrl.data.samples import Sample
 from fitrl.errors import InvalidArgumentError, SamplerError, SessionError
 from fitrl.policy.checkpoints import tidy
-from fitrl.policy.lending import own_copy
 from fitrl.policy.lock import RunLock
 from fitrl.policy.model import TrainableModel
 from fitrl.policy.module import PolicyModule
@@ -191,13 +190,14 @@ class SessionTrainer(BackendTrainer):
         if own_weights:
             if session.copy is None:
                 with session.lock:  # not in the middle of a call that another thread makes
-                    self.verbs.lend_weights()
                     session.copy = TransformersSampler(
-                        own_copy(self.local_verbs.lent_policy),
-                        version=self.global_step,
+                        self.local_verbs.copied_policy(),
                         context=self.strategy.precision_plugin.forward_context,
                         own_weights=True,
                     )
+                    session.copy.update(self.local_verbs.named_weights(), self.global_step)
+                    if session.sampler is not None:
+                        self.verbs.lend_weights()  # again, for naming them took them back
             return session.copy
         if session.sampler is None:
             session.sampler = TransformersSampler(
