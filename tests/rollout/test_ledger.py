@@ -71,6 +71,20 @@ def test_what_a_checkpoint_holds_is_deleted_when_the_next_batch_is_handed_out(mo
         assert files(model) == [["000000.json"], ["000001.json"], ["000001.json", "000002.json"]][step]
 
 
+def test_a_run_that_goes_back_while_it_is_open_is_handed_its_batches_again(model) -> None:
+    books = Ledger(model, keeps_waiting=True)
+    for step in range(3):
+        model.step = step
+        books.keep(step, one(step))
+        books.hand_out({step: one(step)}, [step])
+    books.look_back()
+    assert books.replays == []
+    model.step = 1  # the newest checkpoint, after a gradient that was not finite
+    books.look_back()
+    assert [[g.metadata["number"] for g in batch] for batch in books.replays] == [[1], [2]]
+    assert len(again(model).replays) == 3  # of a process that finds no checkpoint
+
+
 def test_groups_that_were_under_way_or_dropped(model) -> None:
     books = Ledger(model, keeps_waiting=True)
     for number in (1, 3):

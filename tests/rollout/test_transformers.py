@@ -10,9 +10,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from torch._dynamo import eval_frame
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fitrl.errors import InvalidArgumentError, SamplerError
+from fitrl.policy.layers import compile_layers, decoder_layers, recompute_layers
 from fitrl.policy.lending import own_copy
 from fitrl.policy.loading import LoraSettings, load_policy, trained_state
 from fitrl.policy.policy import Policy
@@ -701,3 +703,24 @@ def test_a_copy_has_trained_weights_of_its_own_and_says_the_same(lora) -> None:
     assert ask(sampler, **options) == before
     sampler.update(trained.items(), 0)
     assert ask(sampler, **options) == ask(TransformersSampler(policy), **options) != before
+
+
+def test_a_copy_of_compiled_layers_is_not_compiled_and_leaves_the_trainers_alone() -> None:
+    policy = load_policy("tiny")
+    compile_layers(policy)
+    recompute_layers(policy, keep_attention=False)
+    copied = own_copy(policy)
+    assert all("forward" in vars(layer) for layer in decoder_layers(policy))
+    assert not any("forward" in vars(layer) for layer in decoder_layers(copied))
+    stances = []
+
+    @contextmanager
+    def context():
+        yield
+        stances.append(eval_frame._stance.stance)
+
+    sampler = TransformersSampler(copied, own_weights=True, context=context)
+    assert ask(sampler, max_new_tokens=3, seed=1) == ask(
+        TransformersSampler(load_policy("tiny")), max_new_tokens=3, seed=1
+    )
+    assert set(stances) == {"default"}

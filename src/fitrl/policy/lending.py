@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fitrl.policy.layers import plain_layers
 from fitrl.policy.loading import trained_state
 from fitrl.policy.policy import Policy
 from fitrl.policy.sharding import whole
 
 
 def own_copy(policy: Policy) -> Policy:
-    """A policy with trained weights of its own; those that adapters leave as they are it shares.
+    """A policy with trained weights of its own, not compiled; those that adapters leave as they are it shares.
 
     Args:
         policy: whole, not in pieces; nothing trains it meanwhile.
@@ -32,7 +33,9 @@ def own_copy(policy: Policy) -> Policy:
     for parameter in network.parameters():
         if id(parameter) not in shared:
             parameter.requires_grad_(False)
-    return dataclasses.replace(policy, network=network, root=None)
+    copied = dataclasses.replace(policy, network=network, root=None)
+    plain_layers(copied)
+    return copied
 
 
 class LentPolicy:

@@ -5,8 +5,8 @@
 
 A file is written under a temporary name, flushed and renamed. `queue.json` alone says what was handed out, so a crash
 at any moment leaves the state before or the state after. A batch is kept until a checkpoint holds what was learned from
-it: a run that goes back to an older checkpoint is handed the same batches again. Groups that were under way are begun
-again.
+it: a run that goes back to an older checkpoint is handed the same batches again, also one that it could not be trained
+on. One that a call was stopped in the middle of counts as trained on. Groups that were under way are begun again.
 """
 
 from __future__ import annotations
@@ -99,6 +99,15 @@ class Ledger:
         saved = _is_saved(self._model, step)
         self._commit([batch for batch in self._batches if not saved or batch.step >= step])
 
+    def look_back(self) -> None:
+        """See whether the run has gone back to a checkpoint while it was open: then its batches are replayed, too."""
+        if self._model is None or self.replays or not self._batches:
+            return
+        step = self._model.step
+        if step < self._batches[-1].step:
+            self._batches = [batch for batch in self._batches if batch.step >= step]
+            self.replays = self._read_batches()
+
     def _finish(self, numbers: Iterable[int]) -> None:
         self._done.update(numbers)
         while self._floor in self._done:
@@ -136,8 +145,11 @@ class Ledger:
         self._commit([batch for batch in self._batches if batch.step >= step])
         handed_out = {number for batch in self._batches for number in batch.numbers}
         found = self._clear(keep=handed_out)
-        self.replays = [[self._read(number) for number in batch.numbers] for batch in self._batches]
+        self.replays = self._read_batches()
         self.waiting = {number: self._read(number) for number in sorted(found - handed_out)}
+
+    def _read_batches(self) -> list[list[TrajectoryGroup]]:
+        return [[self._read(number) for number in batch.numbers] for batch in self._batches]
 
     def _clear(self, keep: Collection[int]) -> set[int]:
         """Delete what a crash left over, and groups that are done; returns the numbers of those that stay."""

@@ -57,7 +57,9 @@ class RolloutPipeline:
             sampler answers all attempts of a step as one batch (max_concurrency=None).
         agent: see `rollout`. Completions of a client of its own have to say their `version`.
         model: whose run folder keeps what was finished and handed out, so that a run that was killed goes on with it:
-            no group is lost or trained twice. Open it (`trainer.open`) before the first batch. None: in memory.
+            no group is lost or trained twice. Open it (`trainer.open`) before the first batch. A batch that cannot be
+            trained on is handed out again by each next process: `<run>/pipeline` may be deleted to begin anew. None:
+            in memory.
         max_concurrency: how many attempts run at once; None: all.
         max_resamples_of_flat_groups: how often a group whose rewards are all equal makes way for another task; after
             that it is handed out as it is, and `fit_rl` drops it.
@@ -293,6 +295,7 @@ class RolloutPipeline:
         ledger = self._open_ledger()
         self._is_training = False
         self._look()
+        ledger.look_back()
         if ledger.replays:
             return ledger.replays.pop(0)
         self._drop_stale()

@@ -75,7 +75,8 @@ class TransformersSampler:
         version: policy version of the weights.
         max_batch_size: most completions sampled at once.
         context: entered around each forward pass: the trainer's autocast.
-        own_weights: nobody else trains or reads these weights, so that `update` need not wait for completions.
+        own_weights: nobody else trains or reads these weights, so that `update` need not wait for completions; its
+            layers must not be compiled.
         lock: held while it samples, and by whoever changes the weights; None: one of its own.
         refuses: why a request cannot be answered where it is made, a sentence; None: it can.
     """
@@ -315,8 +316,10 @@ class TransformersSampler:
     def _logits(self, ids: Tensor, attention: Tensor, positions: Tensor, cache: Any) -> tuple[Tensor, int]:
         """Float32 logits [B, V] of the last position, and the version of the weights that gave them."""
         kwargs = {"attention_mask": attention, "past_key_values": cache, "use_cache": True}
-        # layers that are compiled for training would be compiled once more for each of them, because of their cache
-        with self.lock, self._context(), torch.compiler.set_stance("force_eager"):
+        # layers that are compiled for training would be compiled once more for each of them, because of their cache; a
+        # copy has none, and what is said here holds for all threads, the trainer's too
+        eager = nullcontext() if self.own_weights else torch.compiler.set_stance("force_eager")
+        with self.lock, self._context(), eager:
             version = self._version
             if self.policy.has_linear_head:
                 hidden = self.policy.hidden(ids, positions, **kwargs).last_hidden_state[:, -1]
