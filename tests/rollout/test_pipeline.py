@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import _thread
 import asyncio
 import random
+import signal
 import threading
 
 import pytest
@@ -360,9 +360,9 @@ def test_ctrl_c_while_it_waits_ends_it_cleanly() -> None:
 
     def interrupt() -> None:
         sampler.wait_for(text)
-        _thread.interrupt_main()
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt), make(sampler) as pipeline:
+    with pytest.raises(KeyboardInterrupt), make(sampler, max_steps_off_policy=0) as pipeline:
         text = text_of(pipeline, 0)
         sampler.hold(text)
         interrupter = threading.Thread(target=interrupt)
