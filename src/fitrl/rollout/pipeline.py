@@ -3,14 +3,13 @@
 Enters: tasks, and a sampler with weights of its own. Leaves: batches of groups, one for each turn of the user's loop.
 All of it runs on one event loop, on a thread of the pipeline's own.
 
-A step is a turn of that loop: a batch is handed out, trained on, and the next one asked for. While one trains, groups
-of the `max_steps_off_policy` steps after it may be under way or wait; when it is done, those of one more. So nothing is
-begun that could only be stale, and what a group of slow attempts delays is that group.
+A step is a turn of that loop: a batch is handed out, trained on, and the next one asked for.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from types import TracebackType
@@ -18,25 +17,16 @@ from typing import Self
 
 from fitrl.data import ranks
 from fitrl.data.groups import TrajectoryGroup
-from fitrl.errors import GroupError, InvalidArgumentError, SessionError
+from fitrl.errors import InvalidArgumentError, SessionError
 from fitrl.policy.model import TrainableModel
-from fitrl.rollout.attempts import Attempts, GaveUp, OnWeightChange, Slot
+from fitrl.rollout.attempts import Attempts, OnWeightChange
 from fitrl.rollout.draws import Draws
 from fitrl.rollout.idle import IdleTime
-from fitrl.rollout.ledger import Ledger
 from fitrl.rollout.own_loop import OwnLoop
 from fitrl.rollout.rollout import Agent, Chat, Reward, Task
 from fitrl.rollout.sampler import Sampler, check_sampling
+from fitrl.rollout.supply import Supply
 from fitrl.rollout.transformers import TransformersSampler
-from fitrl.rollout.versions import Versions, group_versions
-
-_COUNTED = (
-    "groups_dropped_stale",
-    "groups_dropped_failed",
-    "flat_groups_resampled",
-    "attempts_retried",
-    "attempts_restarted",
-)
 
 
 class RolloutPipeline:
@@ -140,13 +130,10 @@ class RolloutPipeline:
         check_sampling(n=1, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, stop=stop)
         self.sampler = sampler
         self.groups_per_step = groups_per_step
-        self.max_steps_off_policy = max_steps_off_policy
-        self.max_failed_groups = max_failed_groups
         self.seed = seed
-        self._model = model
         self._draws = Draws(tasks, groups_per_step=groups_per_step, group_size=group_size, seed=seed)
         self._counts: Counter[str] = Counter()
-        self._attempts = Attempts(
+        attempts = Attempts(
             chat=Chat(
                 sampler=sampler,
                 max_new_tokens=max_new_tokens,
@@ -168,20 +155,18 @@ class RolloutPipeline:
             idle=IdleTime(),
         )
         self._loop = OwnLoop("fitrl-pipeline")
-        self._asking = asyncio.Lock()
-        self._changed = asyncio.Event()  # something was finished, dropped, or went wrong
-        self._trainer_idle = IdleTime()
-        self._ledger: Ledger | None = None  # read when the first batch is asked for
-        self._versions = Versions(max_steps_off_policy + 1)
-        self._slots: dict[int, Slot] = {}
-        self._ready: dict[int, TrajectoryGroup] = {}
-        self._is_training = False  # the batch that was handed out
-        self._owed: list[TrajectoryGroup] | None = None  # handed out in the books, and not received
-        self._failed_in_a_row: list[BaseException] = []
-        self._broken: BaseException | None = None
+        self._open = functools.partial(
+            Supply,
+            sampler,
+            attempts,
+            model=model,
+            groups_per_step=groups_per_step,
+            max_steps_off_policy=max_steps_off_policy,
+            max_failed_groups=max_failed_groups,
+            counts=self._counts,
+        )
+        self._supply: Supply | None = None  # opened when the first batch is asked for
         self._closed = False
-        self._metrics: dict[str, float] = {}
-        self._told: Counter[str] = Counter()
 
     # -- what the user's loop sees ------------------------------------------------------------------------------
 
@@ -206,7 +191,7 @@ class RolloutPipeline:
             if ranks.rank() == 0:
                 self._refuse_if_closed()
                 groups = self._loop.wait_for(self._next())
-                self._owed = None
+                self._received()
         except Exception as error:
             failure = error
         ranks.settle(failure, of_rollouts=True)
@@ -220,7 +205,7 @@ class RolloutPipeline:
             if ranks.rank() == 0:
                 self._refuse_if_closed()
                 groups = await asyncio.wrap_future(self._loop.spawn(self._next()))
-                self._owed = None
+                self._received()
         except Exception as error:
             failure = error
         if ranks.world_size() > 1:
@@ -239,7 +224,7 @@ class RolloutPipeline:
             `pipeline/groups_dropped_stale`, `_dropped_failed`, `pipeline/flat_groups_resampled`,
             `pipeline/attempts_retried` and `_restarted`. Empty before the first batch, and on ranks without rollouts.
         """
-        return dict(self._metrics)
+        return {} if self._supply is None else dict(self._supply.metrics)
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -278,118 +263,13 @@ class RolloutPipeline:
     # -- on the pipeline's event loop ---------------------------------------------------------------------------
 
     async def _next(self) -> list[TrajectoryGroup]:
-        async with self._asking:
-            if self._owed is None:
-                self._trainer_idle.set(True)
-                try:
-                    self._owed = await self._batch()
-                finally:
-                    self._trainer_idle.set(False)
-                self._is_training = True
-                self._tell(self._owed)
-                self._begin_groups()
-            return self._owed
+        if self._supply is None:
+            self._supply = self._open()
+        return await self._supply.next_batch()
 
-    async def _batch(self) -> list[TrajectoryGroup]:
-        """The next batch: one that a killed process was handed and did not train, or the oldest that are finished."""
-        ledger = self._open_ledger()
-        self._is_training = False
-        self._look()
-        ledger.look_back()
-        if ledger.replays:
-            return ledger.replays.pop(0)
-        self._drop_stale()
-        while len(self._ready) < self.groups_per_step:
-            if self._broken is not None:
-                raise self._broken
-            self._changed.clear()
-            await self._changed.wait()
-            self._look()  # weights may change while a batch is waited for, where the user has it so
-            self._drop_stale()
-        numbers = sorted(self._ready)[: self.groups_per_step]
-        ledger.hand_out({number: self._ready[number] for number in numbers}, self._versions.seen)
-        return [self._ready.pop(number) for number in numbers]
-
-    def _look(self) -> None:
-        """See which weights answer."""
-        if self._versions.see(self.sampler.version):
-            self._attempts.weights_changed()
-
-    def _open_ledger(self) -> Ledger:
-        if self._ledger is None:
-            self._ledger = Ledger(self._model, keeps_waiting=self.max_steps_off_policy > 0)
-            self._versions = Versions(self.max_steps_off_policy + 1, self._ledger.versions)
-            self._ready = self._ledger.waiting
-        return self._ledger
-
-    def _begin_groups(self) -> None:
-        """Begin as many groups as may be under way or wait."""
-        ledger = self._open_ledger()
-        steps = self.max_steps_off_policy + 1 - self._is_training - len(ledger.replays)
-        while self._broken is None and len(self._slots) + len(self._ready) < steps * self.groups_per_step:
-            number = ledger.next_number(self._slots.keys() | self._ready.keys())
-            slot = self._slots[number] = Slot(number=number)
-            slot.job = asyncio.create_task(self._fill(slot))
-
-    async def _fill(self, slot: Slot) -> None:
-        """Make one group, and keep it."""
-        ledger = self._open_ledger()
-        try:
-            group = await self._attempts.group(slot)
-            if self.max_steps_off_policy:
-                await asyncio.to_thread(ledger.keep, slot.number, group)
-            self._ready[slot.number] = group
-            self._failed_in_a_row.clear()
-        except GaveUp as error:
-            self._drop(slot.number, "failed")
-            self._failed_in_a_row.append(error.__cause__ or error)
-            if self._broken is None and len(self._failed_in_a_row) > self.max_failed_groups:
-                last = self._failed_in_a_row[-1]
-                self._broken = GroupError(
-                    f"{len(self._failed_in_a_row)} groups in a row were dropped because an attempt failed for good, "
-                    f"max_failed_groups={self.max_failed_groups}; the last: {type(last).__name__}: {last}",
-                    list(self._failed_in_a_row),
-                )
-        except Exception as error:  # told to whoever asks for a batch
-            self._broken = self._broken or error
-        finally:
-            if self._slots.get(slot.number) is slot:
-                del self._slots[slot.number]
-        self._begin_groups()
-        self._changed.set()
-
-    def _drop_stale(self) -> None:
-        """Drop groups that would be trained on too late, also those under way that could only become so."""
-        limit = self.max_steps_off_policy
-        for number, group in list(self._ready.items()):
-            if not self._versions.are_usable(group_versions(group), limit):
-                del self._ready[number]
-                self._drop(number, "stale")
-        for slot in list(self._slots.values()):
-            if slot.oldest is not None and self._versions.behind(slot.oldest) > limit:
-                assert slot.job is not None
-                slot.job.cancel()
-                del self._slots[slot.number]
-                self._drop(slot.number, "stale")
-        self._begin_groups()
-
-    def _drop(self, number: int, why: str) -> None:
-        self._counts[f"groups_dropped_{why}"] += 1
-        self._open_ledger().drop(number)
-
-    def _tell(self, groups: Sequence[TrajectoryGroup]) -> None:
-        """Take down the metrics of a batch."""
-        mean, most = self._versions.mean_and_max(groups)
-        since = self._counts - self._told
-        self._told = self._counts.copy()
-        self._metrics = {
-            "off_policy/steps_mean": mean,
-            "off_policy/steps_max": most,
-            "pipeline/queue_depth": float(len(self._ready)),
-            "pipeline/groups_under_way": float(len(self._slots)),
-            "pipeline/sampler_idle_fraction": self._attempts.idle.fraction(),
-            "pipeline/trainer_idle_fraction": self._trainer_idle.fraction(),
-        } | {f"pipeline/{name}": float(since[name]) for name in _COUNTED}
+    def _received(self) -> None:
+        assert self._supply is not None  # it has just handed out a batch
+        self._supply.received()
 
     def _refuse_if_closed(self) -> None:
         if self._closed:
