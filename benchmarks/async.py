@@ -167,6 +167,7 @@ def measure_time(num_steps: int, num_blocks: int, tries: int) -> dict[str, Any]:
         "steps": len(sync.steps),
         "draft_tokens": agent.draft_tokens,
         "free_cores": free,
+        "tries": tries,
         "rollouts_s": statistics.median(sync.rollouts),
         "update_s": statistics.median(sync.updates),
         "sync_s": statistics.median(sync.steps),
@@ -281,8 +282,8 @@ def _time_table(part: dict[str, Any]) -> str:
         f"{found['async_cpu_s']:.2f} |\n"
         f"| idle: the sampler, the trainer | {found['sampler_idle']:.0%}, {found['trainer_idle']:.0%} |\n\n"
         f"Before and after each of the {len(found['free_cores'])} blocks two busy processes got at least "
-        f"{min(found['free_cores']):.2f} processors. Blocks where they got less than {FREE} were measured "
-        "again, because on a machine that others use the ratio says how it is shared out.\n\n" + _about(part)
+        f"{min(found['free_cores']):.2f} processors. Below {FREE} a block is measured again, {found['tries']} tries at "
+        "most: on a machine that others use the ratio says how it is shared out.\n\n" + _about(part)
     )
 
 
