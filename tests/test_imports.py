@@ -96,6 +96,7 @@ def test_the_core_imports_what_it_declares_and_no_plugin() -> None:
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     requirements = project["dependencies"] + extras["gguf"] + extras["parquet"] + extras["bitsandbytes"]
+    requirements += extras["reasoning-gym"]
     declared = {re.match(r"[\w-]+", requirement)[0].replace("-", "_") for requirement in requirements}
     declared |= {"fitrl", "fitrl_command", "yaml"}  # the last is imported by another name than its distribution's
     declared.add("triton")  # torch brings it along where there is a GPU

@@ -5,7 +5,7 @@ result = trainer.fit_rl(model, groups, learning_rate=5e-6)
 """
 
 from fitrl.data.batch import Batch, Feed
-from fitrl.data.completion import Completion, Message
+from fitrl.data.completion import Completion, Message, Tool
 from fitrl.data.gather import gather
 from fitrl.data.groups import ExceptionRecord, History, TokenHistory, Trajectory, TrajectoryGroup
 from fitrl.data.packing import pack
@@ -23,6 +23,9 @@ from fitrl.policy.optimizers import AdamWSettings
 from fitrl.protocols.results import LocalTrainResult, TrainResult
 from fitrl.protocols.verbs import AsyncPolicyTrainer, ExportsWeights, PolicyTrainer, Scores, SupportsFitRL, Trains
 from fitrl.rollout.datamodule import RolloutDataModule
+from fitrl.rollout.environment import Environment, EnvironmentAgent
+from fitrl.rollout.pipeline import RolloutPipeline
+from fitrl.rollout.reasoning_gym import ReasoningGym
 from fitrl.rollout.rollout import Chat, prompt_ids, rollout, rollout_async
 from fitrl.rollout.sampler import ChatSampler, Sampler
 from fitrl.rollout.transformers import TransformersSampler
@@ -42,6 +45,8 @@ __all__ = [
     "ChatSampler",
     "Completion",
     "CustomObjective",
+    "Environment",
+    "EnvironmentAgent",
     "ExceptionRecord",
     "ExportsWeights",
     "Feed",
@@ -57,12 +62,15 @@ __all__ = [
     "PolicyModule",
     "PolicyTrainer",
     "RLTrainer",
+    "ReasoningGym",
     "RewardProgressBar",
     "RolloutDataModule",
+    "RolloutPipeline",
     "Sampler",
     "Scores",
     "SupportsFitRL",
     "TokenHistory",
+    "Tool",
     "TrainConfig",
     "TrainResult",
     "TrainableModel",

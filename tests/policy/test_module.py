@@ -1,6 +1,7 @@
 """`PolicyModule` and `RolloutDataModule` under a stock `lightning.Trainer`."""
 
 import math
+import threading
 
 import lightning
 import pytest
@@ -62,6 +63,36 @@ def test_fit_with_rollouts_learns(strategy, module) -> None:
     assert "val/reward/mean" in trainer.callback_metrics
 
 
+@pytest.mark.parametrize("strategy", ["auto", "fitrl_local"])
+def test_fit_beside_rollouts_that_are_a_step_behind(strategy, module) -> None:
+    behind, threads = [], set()
+
+    class Keep(lightning.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args) -> None:
+            behind.append(pl_module._observed[-2]["off_policy/steps_max"])
+            threads.update(thread.name for thread in threading.enumerate())
+
+    data = fitrl.RolloutDataModule(
+        TASKS, correct, tasks_per_step=12, group_size=4, steps_per_epoch=3, max_new_tokens=4, max_steps_off_policy=1
+    )
+    trainer = lightning.Trainer(strategy=strategy, max_epochs=2, callbacks=[Keep()], **STOCK)
+    trainer.fit(module, datamodule=data)
+    assert trainer.global_step == 6 and behind[0] == 0.0 and max(behind) == 1.0
+    assert module.call_metrics["off_policy/steps_max"] <= 1.0 and "pipeline/queue_depth" in module.call_metrics
+    assert module.call_metrics["ratio/max"] != pytest.approx(1.0, abs=1e-4)  # sampled with weights before
+    assert "fitrl-pipeline" in threads  # and is ended, as every test is checked for
+
+
+def test_rollouts_beside_a_fit_end_with_it_when_it_fails(module) -> None:
+    class Fail(lightning.Callback):
+        def on_train_batch_end(self, *args) -> None:
+            raise OSError("no space")
+
+    data = fitrl.RolloutDataModule(TASKS, correct, group_size=4, max_new_tokens=4, max_steps_off_policy=1)
+    with pytest.raises(OSError, match="no space"):
+        lightning.Trainer(callbacks=[Fail()], max_epochs=1, **STOCK).fit(module, datamodule=data)
+
+
 def test_every_draw_flat_is_an_error_that_says_so(module) -> None:
     data = fitrl.RolloutDataModule(TASKS, lambda task, trajectory: 1.0, tasks_per_step=2, group_size=2)
     with pytest.raises(DataError, match="rewards are all equal"):
@@ -73,6 +104,10 @@ def test_data_module_arguments() -> None:
         fitrl.RolloutDataModule([], correct)
     with pytest.raises(InvalidArgumentError, match="group_size"):
         fitrl.RolloutDataModule(TASKS, correct, group_size=0)
+    with pytest.raises(InvalidArgumentError, match="max_steps_off_policy"):
+        fitrl.RolloutDataModule(TASKS, correct, max_steps_off_policy=-1)
+    with pytest.raises(InvalidArgumentError, match="no effect with max_steps_off_policy=0"):
+        fitrl.RolloutDataModule(TASKS, correct, max_concurrency=4)
 
 
 def test_kl_and_truncated_importance_sampling_need_fit_rl(tmp_path) -> None:

@@ -1,6 +1,7 @@
 """The embedded sampler against transformers' own forward pass and generation."""
 
 import asyncio
+import copy
 import dataclasses
 import sys
 import threading
@@ -9,9 +10,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from torch._dynamo import eval_frame
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fitrl.errors import InvalidArgumentError, SamplerError
+from fitrl.policy.layers import compile_layers, decoder_layers, recompute_layers
+from fitrl.policy.lending import own_copy
 from fitrl.policy.loading import LoraSettings, load_policy, trained_state
 from fitrl.policy.policy import Policy
 from fitrl.rollout.sampler import Sampler
@@ -611,3 +615,112 @@ def test_every_end_of_turn_of_the_generation_config_ends_a_completion(fresh_poli
     ended = [c for c in completions if c.finish_reason == "stop"]
     assert any(c.token_ids[-1] == ord("1") for c in ended)
     assert all(ord("1") not in c.token_ids[:-1] and "1" not in c.text for c in ended)
+
+
+# -- weights of its own -----------------------------------------------------------------------------------------------
+
+
+def moved(policy: Policy) -> dict[str, torch.Tensor]:
+    """Weights some steps later."""
+    torch.manual_seed(0)
+    return {name: tensor + 0.05 * torch.randn_like(tensor) for name, tensor in trained_state(policy).items()}
+
+
+def test_new_weights_are_taken_between_two_tokens_and_each_token_has_its_version(fresh_policy) -> None:
+    weights, calls = moved(fresh_policy), []
+    prompt, old = PROMPTS[1], copy.deepcopy(fresh_policy.network)
+
+    @contextmanager
+    def context():
+        calls.append(None)
+        if len(calls) == 4:  # before the fourth token is computed
+            sampler.update(weights.items(), 9)
+        yield
+
+    sampler = TransformersSampler(fresh_policy, version=3, own_weights=True, context=context)
+    [[said]] = ask(sampler, [prompt], max_new_tokens=8, temperature=1.5, seed=2)
+    assert len(said.token_ids) == 8 and said.versions == (3, 3, 3, 9, 9, 9, 9, 9)
+    assert said.version == 3 and said.policy_versions == (3, 9)
+    new = copy.deepcopy(old)
+    new.load_state_dict(weights)
+    # the same by transformers: keys and values of what was read under the old weights stay as they are
+    cache, ids, logprobs = None, torch.tensor([prompt]), []
+    for token, version in zip(said.token_ids, said.versions, strict=True):
+        with torch.no_grad():
+            out = (old if version == 3 else new)(ids, past_key_values=cache, use_cache=True)
+        logprobs.append((out.logits[0, -1] / 1.5).log_softmax(-1)[token])
+        cache, ids = out.past_key_values, torch.tensor([[token]])
+    assert torch.tensor(said.logprobs) == pytest.approx(torch.stack(logprobs), abs=1e-4)
+
+
+def test_a_whole_completion_of_one_version_says_so(fresh_policy) -> None:
+    sampler = TransformersSampler(fresh_policy, own_weights=True)
+    sampler.update(moved(fresh_policy).items(), 4)
+    [[said]] = ask(sampler, [PROMPTS[0]], max_new_tokens=4, seed=1)
+    assert said.version == 4 and said.versions is None
+
+
+def test_what_nobody_waits_for_is_not_sampled_to_its_end(fresh_policy) -> None:
+    calls, third, cancelled = [], threading.Event(), threading.Event()
+
+    @contextmanager
+    def context():
+        calls.append(None)
+        if len(calls) == 3:
+            third.set()
+            assert cancelled.wait(60.0)
+        yield
+
+    sampler = TransformersSampler(fresh_policy, own_weights=True, context=context)
+
+    async def main() -> None:
+        asked = asyncio.ensure_future(sampler.sample(PROMPTS[1], max_new_tokens=200, temperature=3.0, seed=2))
+        await asyncio.to_thread(third.wait, 60.0)
+        asked.cancel()
+        await asyncio.wait([asked])
+        cancelled.set()
+
+    asyncio.run(main())  # waits for the sampler's thread
+    assert len(calls) <= 4
+
+
+@pytest.mark.parametrize("lora", [None, LoraSettings(rank=4)])
+def test_a_copy_has_trained_weights_of_its_own_and_says_the_same(lora) -> None:
+    policy = load_policy("tiny", lora)
+    copied = own_copy(policy)
+    trained, theirs = trained_state(policy), trained_state(copied)
+    assert trained.keys() == theirs.keys()
+    assert not {t.data_ptr() for t in trained.values()} & {t.data_ptr() for t in theirs.values()}
+    frozen = {id(p) for p in policy.network.parameters() if not p.requires_grad}
+    assert frozen == {id(p) for p in copied.network.parameters()} & {id(p) for p in policy.network.parameters()}
+    options = {"n": 2, "max_new_tokens": 6, "seed": 3}
+    before = ask(TransformersSampler(policy), **options)
+    sampler = TransformersSampler(copied, own_weights=True)
+    assert ask(sampler, **options) == before
+    with torch.no_grad():
+        for tensor in trained.values():
+            tensor.add_(0.1)
+    assert ask(sampler, **options) == before
+    sampler.update(trained.items(), 0)
+    assert ask(sampler, **options) == ask(TransformersSampler(policy), **options) != before
+
+
+def test_a_copy_of_compiled_layers_is_not_compiled_and_leaves_the_trainers_alone() -> None:
+    policy = load_policy("tiny")
+    compile_layers(policy)
+    recompute_layers(policy, keep_attention=False)
+    copied = own_copy(policy)
+    assert all("forward" in vars(layer) for layer in decoder_layers(policy))
+    assert not any("forward" in vars(layer) for layer in decoder_layers(copied))
+    stances = []
+
+    @contextmanager
+    def context():
+        yield
+        stances.append(eval_frame._stance.stance)
+
+    sampler = TransformersSampler(copied, own_weights=True, context=context)
+    assert ask(sampler, max_new_tokens=3, seed=1) == ask(
+        TransformersSampler(load_policy("tiny")), max_new_tokens=3, seed=1
+    )
+    assert set(stances) == {"default"}

@@ -50,6 +50,20 @@ trainer.fit_rl(model, groups, loss_aggregation="seq_mean_token_sum_norm", norm_l
 assert_type(model.log(groups, metrics=result.metrics, step=result.step), dict[str, float])
 model.log(groups, split="val")
 
+# -- rollouts beside it
+with fitrl.RolloutPipeline(trainer.sampler(model, own_weights=True), ["1+1="], reward=lambda task, t: 1.0) as pipeline:
+    assert_type(next(pipeline), list[fitrl.TrajectoryGroup])
+    for batch in pipeline:
+        assert_type(batch, list[fitrl.TrajectoryGroup])
+    assert_type(pipeline.metrics(), dict[str, float])
+    assert_type(pipeline.dropped, dict[str, int])
+
+
+async def beside_rollouts(pipeline: fitrl.RolloutPipeline) -> None:
+    async for groups in pipeline:
+        assert_type(await trainer.fit_rl_async(model, groups), fitrl.LocalTrainResult)
+
+
 # -- a Lightning trainer all the same
 lightning_trainer: Trainer = trainer
 with fitrl.LocalTrainer() as entered:

@@ -16,6 +16,7 @@ from fitrl_vllm import EngineError, EngineTimeoutError, StaleWeightsError, VLLMS
 
 PROMPT = [72, 101, 108, 108, 111]
 LORA = fitrl.LoraSettings(rank=4)
+TASKS = ["1+1=", "2+2=", "3+4=", "5+5=", "6+7="]
 
 
 def reward(task, trajectory) -> float:
@@ -240,3 +241,24 @@ def test_sleeping_engines_wake_for_new_weights(model, sampler, server) -> None:
         sampler.sleep()
         sampler.wake()
         asyncio.run(sampler.sample(PROMPT))
+
+
+@pytest.mark.parametrize("how", ["continue", "restart"])
+def test_a_pipeline_samples_while_the_trainer_trains(model, sampler, how) -> None:
+    behind, steps = [], 4
+    with fitrl.LocalTrainer(**CPU, sampler=sampler) as trainer:
+        options = {"reward": reward, "group_size": 6, "groups_per_step": 3, "max_new_tokens": 4}
+        with fitrl.RolloutPipeline(
+            trainer.sampler(model, own_weights=True), TASKS, on_weight_change=how, model=model, **options
+        ) as pipeline:
+            for groups in pipeline:
+                for group in groups:
+                    for trajectory in group:
+                        first, last = trajectory.policy_versions
+                        assert first == last and model.step - 1 <= first <= model.step
+                trainer.fit_rl(model, groups, learning_rate=1e-3, precalculate_logprobs=True)
+                behind.append(pipeline.metrics()["off_policy/steps_max"])
+                if len(behind) == steps:
+                    break
+        assert sampler.version == model.step > 1
+    assert behind[0] == 0.0 and max(behind) <= 1.0

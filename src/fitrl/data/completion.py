@@ -47,7 +47,8 @@ class Completion:
         temperature: sampling temperature; 0 is greedy and cannot be trained on.
         prompt_ids: the ids that the completion was sampled after; None asks the chat template.
         finish_reason: "stop", "length", "tool_calls", ...
-        version: policy version (optimizer steps) that sampled it.
+        version: policy version (optimizer steps) that sampled it; the first of several.
+        versions: [T] the version that sampled each token, where the weights changed on the way; None: it is one.
         full_support: False after top_p < 1 or top_k, which change the distribution's support.
     """
 
@@ -59,7 +60,14 @@ class Completion:
     prompt_ids: tuple[int, ...] | None = None
     finish_reason: str = "stop"
     version: int = 0
+    versions: tuple[int, ...] | None = None
     full_support: bool = True
+
+    @property
+    def policy_versions(self) -> tuple[int, int]:
+        """First and last policy version that sampled a token."""
+        versions = self.versions or (self.version,)
+        return min(versions), max(versions)
 
     @property
     def text(self) -> str:
@@ -120,13 +128,14 @@ class Completion:
             "prompt_ids": None if self.prompt_ids is None else list(self.prompt_ids),
             "finish_reason": self.finish_reason,
             "version": self.version,
+            "versions": None if self.versions is None else list(self.versions),
             "full_support": self.full_support,
         }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Completion:
         """Inverse of `to_dict`."""
-        raw, logprobs = data["token_bytes"], data["logprobs"]
+        raw, logprobs, versions = data["token_bytes"], data["logprobs"], data.get("versions")
         return cls(
             message=data["message"],
             token_ids=None if data["token_ids"] is None else tuple(data["token_ids"]),
@@ -136,6 +145,7 @@ class Completion:
             prompt_ids=None if data["prompt_ids"] is None else tuple(data["prompt_ids"]),
             finish_reason=data["finish_reason"],
             version=data["version"],
+            versions=None if versions is None else tuple(versions),
             full_support=data["full_support"],
         )
 

@@ -54,7 +54,7 @@ async def gather(
                     raise TypeError(f"a rollout returned {type(result).__name__} instead of a Trajectory")
                 results[index] = result
             except (Exception, asyncio.CancelledError) as error:
-                if isinstance(error, asyncio.CancelledError) and _is_cancelled():
+                if isinstance(error, asyncio.CancelledError) and is_cancelled():
                     raise
                 raised.append(error)
                 group.exceptions.append(ExceptionRecord.from_exception(error))
@@ -96,7 +96,7 @@ def _allowed(max_exceptions: int | float, num_jobs: int) -> int:
     return max_exceptions
 
 
-def _is_cancelled() -> bool:
+def is_cancelled() -> bool:
     """Whether it is this task that is being cancelled, and not something that it waited for."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0

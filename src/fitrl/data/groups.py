@@ -240,7 +240,7 @@ class Trajectory:
     @property
     def policy_versions(self) -> tuple[int, int] | None:
         """First and last policy version that sampled a token; None when nothing was sampled."""
-        versions = [completion.version for completion in self.completions()]
+        versions = [version for completion in self.completions() for version in completion.policy_versions]
         for history in self.token_histories:
             versions += history.versions[history.versions >= 0].tolist()
         return (min(versions), max(versions)) if versions else None

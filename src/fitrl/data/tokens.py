@@ -176,13 +176,13 @@ class _Segment:
         self.temperature += [1.0] * len(ids)
         self.versions += [-1] * len(ids)
 
-    def sampled(self, ids: list[int], logprobs: list[float], temperature: float, version: int) -> None:
+    def sampled(self, ids: list[int], logprobs: list[float], temperature: float, versions: list[int]) -> None:
         """Append ids that the policy said."""
         self.token_ids += ids
         self.mask += [True] * len(ids)
         self.logprobs += logprobs
         self.temperature += [temperature] * len(ids)
-        self.versions += [version] * len(ids)
+        self.versions += versions
 
     def finish(self) -> TokenHistory:
         return TokenHistory(
@@ -218,19 +218,19 @@ def _tokenize_history(
             else:
                 ids, logprobs = _sampled(item, tokenizer, train_unsampled)
             temperature = _temperature(item, history)
-            version, full_support = item.version, item.full_support
+            versions, full_support = _versions(item, len(ids)), item.full_support
         elif train_unsampled and item.get("role") == "assistant":
             prompt = render_prompt(tokenizer, messages[:index], history.tools)
             ids = _assistant_ids(tokenizer, messages[: index + 1], history.tools, prompt)
             logprobs = [math.nan] * len(ids)
-            temperature, version, full_support = 1.0, -1, True
+            temperature, versions, full_support = 1.0, [-1] * len(ids), True
         else:
             continue
         if not segments or prompt[: len(segments[-1].token_ids)] != segments[-1].token_ids:
             segments.append(_Segment())
         segment = segments[-1]
         segment.context(prompt[len(segment.token_ids) :])
-        segment.sampled(ids, logprobs, temperature, version)
+        segment.sampled(ids, logprobs, temperature, versions)
         segment.full_support &= full_support
     return [segment.finish() for segment in segments]
 
@@ -259,6 +259,16 @@ def _sampled(
             f"a completion has {len(ids)} token ids but {len(completion.logprobs)} logprobs ({completion.text[:60]!r})"
         )
     return ids, list(completion.logprobs)
+
+
+def _versions(completion: Completion, num_tokens: int) -> list[int]:
+    if completion.versions is None:
+        return [completion.version] * num_tokens
+    if len(completion.versions) != num_tokens:
+        raise DataError(
+            f"a completion has {num_tokens} tokens but {len(completion.versions)} versions ({completion.text[:60]!r})"
+        )
+    return list(completion.versions)
 
 
 def _temperature(completion: Completion, history: History) -> float:

@@ -65,6 +65,12 @@ def recompute_layers(policy: Policy, *, keep_attention: bool) -> None:
         any_layer.forward = MethodType(_recomputed(any_layer.forward.__func__, keep_attention), layer)
 
 
+def plain_layers(policy: Policy) -> None:
+    """Undo both: compute as the model's own code does."""
+    for layer in decoder_layers(policy):
+        vars(layer).pop("forward", None)
+
+
 def narrow_frozen_layers(policy: Policy, dtype: torch.dtype) -> None:
     """Hold the frozen linear layers' weights in the dtype that autocast multiplies in: half the memory, same results.
 

@@ -1,6 +1,7 @@
-"""A policy without weights of its own, filled with whole ones for as long as a sampler reads them.
+"""Copies of a policy for samplers: with weights of its own, or filled with whole ones for as long as it is lent.
 
-Enters: a policy before its layers are cut over ranks. Leaves: a copy of its modules that computes as one device does.
+Enters: a policy, to be lent before its layers are cut over ranks. Leaves: a copy of its modules that computes as one
+device does.
 """
 
 from __future__ import annotations
@@ -13,8 +14,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fitrl.policy.layers import plain_layers
+from fitrl.policy.loading import trained_state
 from fitrl.policy.policy import Policy
 from fitrl.policy.sharding import whole
+
+
+def own_copy(policy: Policy) -> Policy:
+    """A policy with trained weights of its own, not compiled; those that adapters leave as they are it shares.
+
+    Args:
+        policy: whole, not in pieces; nothing trains it meanwhile.
+    """
+    shared: dict[int, Any] = {}
+    if policy.is_adapter:
+        trained = {id(tensor) for tensor in trained_state(policy, keep_parameters=True).values()}
+        shared = {id(p): p for p in policy.network.parameters() if id(p) not in trained}
+    network = copy.deepcopy(policy.network, shared)
+    for parameter in network.parameters():
+        if id(parameter) not in shared:
+            parameter.requires_grad_(False)
+    copied = dataclasses.replace(policy, network=network, root=None)
+    plain_layers(copied)
+    return copied
 
 
 class LentPolicy:

@@ -11,12 +11,15 @@ import lightning
 from fitrl.data import ranks
 from fitrl.data.batch import Batch
 from fitrl.data.groups import TrajectoryGroup
+from fitrl.data.join import join_groups
 from fitrl.data.packing import pack
 from fitrl.data.samples import build_samples
-from fitrl.errors import DataError, InvalidArgumentError
+from fitrl.errors import DataError, InvalidArgumentError, UnsupportedError
 from fitrl.objective.objective import Objective, teaches_without_advantage
+from fitrl.policy.lending import own_copy
 from fitrl.policy.module import PolicyModule
 from fitrl.policy.policy import Policy
+from fitrl.rollout.pipeline import RolloutPipeline
 from fitrl.rollout.rollout import Agent, Reward, Task, rollout
 from fitrl.rollout.sampler import Sampler
 from fitrl.rollout.transformers import TransformersSampler
@@ -43,6 +46,12 @@ class RolloutDataModule(lightning.LightningDataModule):
         scale_rewards: see `fit_rl`.
         advantage_balance: see `fit_rl`.
         seed: of the drawing of tasks.
+        max_steps_off_policy: 0 samples a step's groups when they are asked for, with the policy as it is then. More
+            samples them beside the training of earlier steps, with a copy of the weights, at most so many steps
+            behind: a `RolloutPipeline`, kept in memory for the length of a fit.
+        max_concurrency: how many attempts run at once beside training; None: all.
+        max_resamples_of_flat_groups: of that pipeline, see `RolloutPipeline`; without one, what is flat is drawn again
+            by the step.
     """
 
     def __init__(
@@ -60,6 +69,9 @@ class RolloutDataModule(lightning.LightningDataModule):
         scale_rewards: bool = True,
         advantage_balance: float = 0.0,
         seed: int = 0,
+        max_steps_off_policy: int = 0,
+        max_concurrency: int | None = None,
+        max_resamples_of_flat_groups: int = 0,
     ) -> None:
         super().__init__()
         if not tasks:
@@ -71,6 +83,12 @@ class RolloutDataModule(lightning.LightningDataModule):
         ):
             if value < 1:
                 raise InvalidArgumentError(f"{name} must be at least 1, got {value}")
+        if max_steps_off_policy < 0:
+            raise InvalidArgumentError(f"max_steps_off_policy must be at least 0, got {max_steps_off_policy}")
+        if max_steps_off_policy == 0 and (max_concurrency is not None or max_resamples_of_flat_groups):
+            raise InvalidArgumentError(
+                "max_concurrency and max_resamples_of_flat_groups have no effect with max_steps_off_policy=0"
+            )
         self.tasks = list(tasks)
         self.val_tasks = list(val_tasks)
         self.reward = reward
@@ -83,6 +101,10 @@ class RolloutDataModule(lightning.LightningDataModule):
         self.scale_rewards = scale_rewards
         self.advantage_balance = advantage_balance
         self.seed = seed
+        self.max_steps_off_policy = max_steps_off_policy
+        self.max_concurrency = max_concurrency
+        self.max_resamples_of_flat_groups = max_resamples_of_flat_groups
+        self._pipeline: RolloutPipeline | None = None
 
     def train_dataloader(self) -> _Rollouts:
         """Microbatches, sampled when they are asked for."""
@@ -94,20 +116,16 @@ class RolloutDataModule(lightning.LightningDataModule):
 
     def groups(self, tasks: Sequence[Task], step: int) -> list[TrajectoryGroup]:
         """Attempt tasks with the policy as it is now."""
-        module = self._module()
+        self._module()
         assert self.trainer is not None  # a data source is asked by its trainer
-        lend = getattr(self.trainer.strategy, "lend_weights", None)
-        if lend is not None:
-            lend()  # where they lie in pieces, each rank samples on its own
         strategy: Any = self.trainer.strategy
         sampler: Sampler
         if _is_remote(strategy):
             sampler = strategy.newest_sampler()
         else:
+            # where the weights lie in pieces, each rank samples on its own
             sampler = TransformersSampler(
-                getattr(strategy, "lent_policy", module.policy),
-                version=step,
-                context=strategy.precision_plugin.forward_context,
+                self._whole_policy(), version=step, context=strategy.precision_plugin.forward_context
             )
         return rollout(
             sampler,
@@ -118,6 +136,60 @@ class RolloutDataModule(lightning.LightningDataModule):
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
         )
+
+    def newest_groups(self, step: int) -> list[TrajectoryGroup]:
+        """The next groups of the pipeline, after handing it the weights as they are now.
+
+        Raises:
+            UnsupportedError: the weights are on a service.
+        """
+        module = self._module()
+        assert self.trainer is not None  # as above
+        strategy: Any = self.trainer.strategy
+        if _is_remote(strategy):
+            raise UnsupportedError(
+                "RolloutDataModule(max_steps_off_policy=...) samples with a copy of the weights, which are on a "
+                "service: use a RolloutPipeline and fit_rl"
+            )
+        if self._pipeline is None:
+            copied = strategy.copied_policy() if hasattr(strategy, "copied_policy") else own_copy(module.policy)
+            sampler = TransformersSampler(
+                copied,
+                version=-1,  # of no weights yet
+                context=strategy.precision_plugin.forward_context,
+                own_weights=True,
+            )
+            self._pipeline = RolloutPipeline(
+                sampler,
+                self.tasks,
+                reward=self.reward,
+                group_size=self.group_size,
+                groups_per_step=self.tasks_per_step,
+                max_steps_off_policy=self.max_steps_off_policy,
+                agent=self.agent,
+                max_concurrency=self.max_concurrency,
+                max_resamples_of_flat_groups=self.max_resamples_of_flat_groups,
+                max_new_tokens=self.max_new_tokens,
+                temperature=self.temperature,
+                seed=self.seed,
+            )
+        if self._pipeline.sampler.version != step:
+            if hasattr(strategy, "take_weights_back"):
+                strategy.take_weights_back()
+            self._pipeline.sampler.update(module.named_weights(), step)
+        groups = join_groups(next(self._pipeline))
+        module.observe(self._pipeline.metrics())
+        return groups
+
+    def teardown(self, stage: str) -> None:
+        """End the rollouts that are under way."""
+        if self._pipeline is not None and stage == "fit":
+            self._pipeline.close()
+            self._pipeline = None
+
+    def on_exception(self, exception: BaseException) -> None:
+        """End the rollouts that are under way."""
+        self.teardown("fit")
 
     def batches(self, groups: Sequence[TrajectoryGroup], num_batches: int, *, train: bool) -> list[Batch]:
         """This rank's microbatches of groups; none when nothing in them can teach."""
@@ -145,6 +217,15 @@ class RolloutDataModule(lightning.LightningDataModule):
         )
         fillers = [batches[0].filler() for _ in range(num_batches * ranks.num_data_ranks() - len(batches))]
         return ranks.share_of(batches + fillers)
+
+    def _whole_policy(self) -> Policy:
+        """The policy with its weights put together, until the next step; a collective where they lie in pieces."""
+        assert self.trainer is not None  # as above
+        strategy: Any = self.trainer.strategy
+        if hasattr(strategy, "lend_weights"):
+            strategy.lend_weights()
+        policy: Policy = getattr(strategy, "lent_policy", None) or self._module().policy
+        return policy
 
     def _module(self) -> PolicyModule:
         module = self.trainer.lightning_module if self.trainer is not None else None
@@ -188,7 +269,8 @@ class _Rollouts:
         step = data.trainer.global_step
         for draw in range(_MAX_FLAT_DRAWS):
             chosen = random.Random(f"{data.seed}/{step}/{draw}").sample(self._tasks, data.tasks_per_step)
-            batches = data.batches(data.groups(chosen, step), self._per_step, train=True)
+            groups = data.newest_groups(step) if data.max_steps_off_policy else data.groups(chosen, step)
+            batches = data.batches(groups, self._per_step, train=True)
             if batches:
                 return batches
         raise DataError(

@@ -6,6 +6,7 @@ import asyncio
 import bisect
 import contextlib
 import contextvars
+import dataclasses
 import inspect
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
@@ -205,29 +206,40 @@ async def rollout_async(
             ranks.collect(str(int(torch.randint(2**40, ()))), of_rollouts=True)[0]
         )  # ranks may have drawn the same numbers so far
 
-    async def attempt(task: Task, number: int) -> Trajectory:
-        chat = Chat(
-            sampler=sampler,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            stop=tuple(stop),
-            seed=None if seed is None else seed * 1_000_003 + number * 1_009,
-        )
-        trajectory = await (agent or one_turn)(chat, task)
-        if not isinstance(trajectory, Trajectory):
-            raise TypeError(f"a rollout returned {type(trajectory).__name__} instead of a Trajectory")
-        value = reward(task, trajectory)
-        trajectory.reward = float(await value if inspect.isawaitable(value) else value)
-        return trajectory
+    chat = Chat(
+        sampler=sampler,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        stop=tuple(stop),
+    )
+
+    def start(task: Task, number: int) -> Coroutine[Any, Any, Trajectory]:
+        seeded = dataclasses.replace(chat, seed=None if seed is None else attempt_seed(seed, number))
+        return attempt(seeded, task, reward=reward, agent=agent)
 
     groups = [
-        TrajectoryGroup([attempt(task, index * group_size + i) for i in range(group_size)])
+        TrajectoryGroup([start(task, index * group_size + i) for i in range(group_size)])
         for index, task in ranks.share_of(list(enumerate(tasks)), of_rollouts=True)
     ]
     attempts = gather(groups, max_concurrency=max_concurrency, max_exceptions=max_exceptions, progress=progress)
     return await attempts if ranks.world_size() == 1 else await _exchanged(attempts, len(tasks))
+
+
+async def attempt(chat: Chat, task: Task, *, reward: Reward, agent: Agent | None = None) -> Trajectory:
+    """Make one attempt at a task and reward it."""
+    trajectory = await (agent or one_turn)(chat, task)
+    if not isinstance(trajectory, Trajectory):
+        raise TypeError(f"a rollout returned {type(trajectory).__name__} instead of a Trajectory")
+    value = reward(task, trajectory)
+    trajectory.reward = float(await value if inspect.isawaitable(value) else value)
+    return trajectory
+
+
+def attempt_seed(seed: int, number: int) -> int:
+    """Seed of an attempt, by its number in a call of `rollout`; each turn adds one."""
+    return seed * 1_000_003 + number * 1_009
 
 
 async def _exchanged(attempts: Awaitable[list[TrajectoryGroup]], num_groups: int) -> list[TrajectoryGroup]:

@@ -1,7 +1,9 @@
-"""The embedded sampler: transformers and a KV cache, in the trainer's process, on the trainer's weights.
+"""The embedded sampler: transformers and a KV cache, in the trainer's process, on the trainer's weights or a copy.
 
-Requests that arrive in the same turn of the event loop are sampled as one batch in a worker thread. A prompt is
-computed once for its n completions. Logprobs come from the same head as the trainer's, so that the two agree.
+A copy takes new weights between two tokens: what is under way goes on with them and its cache, and each token has the
+version that sampled it. Requests that arrive in the same turn of the event loop are sampled as one batch in a worker
+thread. A prompt is computed once for its n completions. Logprobs come from the same head as the trainer's, so that the
+two agree.
 """
 
 from __future__ import annotations
@@ -55,11 +57,12 @@ class _Request:
 class _Row:
     """One completion under way."""
 
-    prompt_ids: tuple[int, ...]
+    request: _Request
     uniforms: Tensor
     max_tokens: int
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
     finish_reason: str = "length"
     text: str | None = None
 
@@ -72,6 +75,8 @@ class TransformersSampler:
         version: policy version of the weights.
         max_batch_size: most completions sampled at once.
         context: entered around each forward pass: the trainer's autocast.
+        own_weights: nobody else trains or reads these weights, so that `update` need not wait for completions; its
+            layers must not be compiled.
         lock: held while it samples, and by whoever changes the weights; None: one of its own.
         refuses: why a request cannot be answered where it is made, a sentence; None: it can.
     """
@@ -83,12 +88,16 @@ class TransformersSampler:
         version: int = 0,
         max_batch_size: int = 256,
         context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        own_weights: bool = False,
         lock: threading.RLock | None = None,
         refuses: Callable[[], str | None] = _nothing,
     ) -> None:
         if max_batch_size < 1:
             raise InvalidArgumentError(f"max_batch_size must be at least 1, got {max_batch_size}")
         self.policy = policy
+        self.own_weights = own_weights
+        if own_weights:
+            policy.network.eval()
         self.lock = threading.RLock() if lock is None else lock
         self._refuses = refuses
         self._version = version
@@ -111,7 +120,11 @@ class TransformersSampler:
         return self._version
 
     def update(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Copy weights in (those that are shared with the trainer are there already) and take their version."""
+        """Copy weights in (those that are shared with the trainer are there already) and take their version.
+
+        Raises:
+            SamplerError: a weight that this policy does not have.
+        """
         with self.lock, torch.no_grad():
             own: Mapping[str, Tensor] | None = None
             for name, tensor in weights:
@@ -208,7 +221,7 @@ class TransformersSampler:
             if context is not None:
                 limit = min(limit, context - len(request.prompt_ids))
             uniforms = torch.rand(request.n, limit, generator=torch.Generator().manual_seed(request.seed % 2**63))
-            rows = [_Row(prompt_ids=request.prompt_ids, uniforms=row, max_tokens=limit) for row in uniforms]
+            rows = [_Row(request=request, uniforms=row, max_tokens=limit) for row in uniforms]
             rows_of.append(rows)
             by_prompt.setdefault(request.prompt_ids, []).extend(rows)
         size = self._max_batch_size
@@ -217,8 +230,8 @@ class TransformersSampler:
             for prompt, rows in by_prompt.items()
             for start in range(0, len(rows), size)
         ]
-        with self.lock:
-            network, version = self.policy.network, self._version
+        network = self.policy.network
+        with nullcontext() if self.own_weights else self.lock:
             if in_pieces(network):
                 raise SamplerError(
                     "the policy's weights lie in pieces on several ranks: sample between calls of fit_rl, with "
@@ -237,18 +250,19 @@ class TransformersSampler:
                 self._generate(batch, settings)
             finally:
                 network.train(was_training)
-        return [[self._finish(row, settings, version) for row in rows] for rows in rows_of]
+        return [[self._finish(row, settings) for row in rows] for rows in rows_of]
 
-    def _finish(self, row: _Row, settings: _Settings, version: int) -> Completion:
+    def _finish(self, row: _Row, settings: _Settings) -> Completion:
         text = row.text if row.text is not None else self._decode(row.token_ids)
         return Completion(
             message={"role": "assistant", "content": text},
             token_ids=tuple(row.token_ids),
             logprobs=tuple(row.logprobs),
             temperature=settings.temperature,
-            prompt_ids=row.prompt_ids,
+            prompt_ids=row.request.prompt_ids,
             finish_reason=row.finish_reason,
-            version=version,
+            version=row.versions[0] if row.versions else self._version,
+            versions=tuple(row.versions) if len(set(row.versions)) > 1 else None,
             full_support=settings.top_p == 1.0 and settings.top_k is None,
         )
 
@@ -274,7 +288,7 @@ class TransformersSampler:
         ids, attention = ids.to(device), attention.to(device)
         positions = (attention.cumsum(1) - 1).clamp(min=0)
         cache = DynamicCache(config=policy.causal_lm.config.get_text_config())
-        logits = self._logits(ids, attention, positions, cache)
+        logits, version = self._logits(ids, attention, positions, cache)
 
         rows = [row for _, rows in prompts for row in rows]
         repeats = torch.tensor([len(rows) for _, rows in prompts], device=device)
@@ -286,7 +300,7 @@ class TransformersSampler:
         alive = list(range(len(rows)))
         for step in range(uniforms.shape[1]):
             chosen, logprobs = _choose(logits, uniforms[:, step], settings)
-            going = self._append(rows, alive, chosen.tolist(), logprobs.tolist(), settings)
+            going = self._append(rows, alive, chosen.tolist(), logprobs.tolist(), version, settings)
             if not going:
                 return
             if len(going) < len(alive):
@@ -297,18 +311,21 @@ class TransformersSampler:
                 uniforms = uniforms[kept]
             attention = torch.cat([attention, torch.ones_like(attention[:, :1])], dim=1)
             position = position + 1
-            logits = self._logits(chosen[:, None], attention, position[:, None], cache)
+            logits, version = self._logits(chosen[:, None], attention, position[:, None], cache)
 
-    def _logits(self, ids: Tensor, attention: Tensor, positions: Tensor, cache: Any) -> Tensor:
-        """Float32 logits [B, V] of the last position."""
+    def _logits(self, ids: Tensor, attention: Tensor, positions: Tensor, cache: Any) -> tuple[Tensor, int]:
+        """Float32 logits [B, V] of the last position, and the version of the weights that gave them."""
         kwargs = {"attention_mask": attention, "past_key_values": cache, "use_cache": True}
-        # layers that are compiled for training would be compiled once more for each of them, because of their cache
-        with self._context(), torch.compiler.set_stance("force_eager"):
+        # layers that are compiled for training would be compiled once more for each of them, because of their cache; a
+        # copy has none, and what is said here holds for all threads, the trainer's too
+        eager = nullcontext() if self.own_weights else torch.compiler.set_stance("force_eager")
+        with self.lock, self._context(), eager:
+            version = self._version
             if self.policy.has_linear_head:
                 hidden = self.policy.hidden(ids, positions, **kwargs).last_hidden_state[:, -1]
-                return self.policy.logits(hidden)
+                return self.policy.logits(hidden), version
             logits: Tensor = self.policy.full_logits(ids, positions, logits_to_keep=1, **kwargs).logits[:, -1]
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return logits if logits.dtype == torch.float64 else logits.float(), version
 
     def _append(
         self,
@@ -316,15 +333,19 @@ class TransformersSampler:
         alive: Sequence[int],
         tokens: Sequence[int],
         logprobs: Sequence[float],
+        version: int,
         settings: _Settings,
     ) -> list[int]:
-        """Append a token to each living row; returns the places in `alive` that go on."""
+        """Append a token to each living row; returns the places in `alive` that go on, those still waited for."""
         going: list[int] = []
         stop_ids = self.policy.stop_ids
         for place, (index, token, logprob) in enumerate(zip(alive, tokens, logprobs, strict=True)):
             row = rows[index]
             row.token_ids.append(token)
             row.logprobs.append(logprob)
+            row.versions.append(version)
+            if row.request.future.cancelled():
+                continue
             if token in stop_ids or (settings.stop and self._hit_stop(row, settings.stop)):
                 row.finish_reason = "stop"
             elif len(row.token_ids) < row.max_tokens:

@@ -15,3 +15,4 @@ class DDPStrategy(PolicyVerbs, LightningDDP):
     """
 
     strategy_name = "fitrl_ddp"
+    copies_in_memory = True

@@ -21,6 +21,7 @@ class LocalStrategy(PolicyVerbs, SingleDeviceStrategy):
     """
 
     strategy_name = "fitrl_local"
+    copies_in_memory = True
 
     def __init__(self, device: torch.device | str | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -24,7 +24,8 @@ from fitrl.errors import CheckpointError, InvalidArgumentError, NothingAccumulat
 from fitrl.objective.objective import CustomObjective, Objective
 from fitrl.policy import checkpoints, pieces, random_state
 from fitrl.policy.attention import attention_kernels
-from fitrl.policy.loading import load_weights, save_weights, trained_state
+from fitrl.policy.lending import own_copy
+from fitrl.policy.loading import load_policy, load_weights, save_weights, trained_state
 from fitrl.policy.policy import Policy
 from fitrl.policy.sharding import like, whole
 from fitrl.protocols.results import (
@@ -44,6 +45,9 @@ class PolicyVerbs(SessionStrategy):
     ranks_per_data: int = 1
     """Consecutive ranks that work on the same data."""
 
+    copies_in_memory: bool = False
+    """Whether the network can be copied as it is; else a copy is loaded anew."""
+
     _accumulated: int = 0
 
     # -- ranks --------------------------------------------------------------------------------------------------
@@ -59,6 +63,17 @@ class PolicyVerbs(SessionStrategy):
         module: Any = self.lightning_module
         policy: Policy = module.policy
         return policy
+
+    def copied_policy(self) -> Policy:
+        """A policy like the open one with memory of its own, for a sampler, which is handed the weights next."""
+        module: Any = self.lightning_module
+        policy: Policy = module.policy
+        if self.copies_in_memory:
+            return own_copy(policy)
+        fresh = load_policy(module.model.base_model, module.model.lora, tokenizer=policy.tokenizer)
+        fresh.network.requires_grad_(False)
+        self.precision_plugin.convert_module(fresh.network).to(self.root_device)
+        return fresh
 
     # -- Lightning's hooks, counted -----------------------------------------------------------------------------
 

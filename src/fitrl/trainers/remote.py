@@ -67,8 +67,13 @@ class RemoteTrainer(RLTrainer):
         assert isinstance(self.strategy, RemoteStrategy)  # checked at construction
         return self.strategy
 
-    def sampler(self, model: TrainableModel) -> Sampler:
-        """The service's sampler of a model; see the backend for when it moves to new weights."""
+    def sampler(self, model: TrainableModel, *, own_weights: bool = False) -> Sampler:
+        """The service's sampler of a model; see the backend for when it moves to new weights.
+
+        Args:
+            model: whose.
+            own_weights: a service's sampler has weights of its own in any case.
+        """
         self.open(model)
         return self.remote_verbs.newest_sampler()
 

@@ -46,6 +46,7 @@ class _Session:
     model: TrainableModel
     module: PolicyModule
     sampler: TransformersSampler | None = None
+    copy: TransformersSampler | None = None  # with weights of its own
     lock: threading.RLock = field(default_factory=threading.RLock)  # of the weights: training, or sampling
 
 
@@ -168,10 +169,14 @@ class SessionTrainer(BackendTrainer):
         self._hold_loggers()
         return self.verbs
 
-    def sampler(self, model: TrainableModel) -> Sampler:
+    def sampler(self, model: TrainableModel, *, own_weights: bool = False) -> Sampler:
         """The sampler of a model's newest policy: the one given at construction, or the embedded one.
 
-        The embedded one shares the trainer's weights and waits while it trains.
+        Args:
+            model: whose.
+            own_weights: give the embedded one a copy of the trained weights, so that it samples while the trainer
+                trains, and takes the new ones at the end of each call between two tokens. Without, it shares the
+                trainer's weights and waits while it trains. A given sampler has weights of its own in any case.
 
         Raises:
             SamplerError: a callback asks for the embedded one in the middle of a call, which would wait for itself.
@@ -182,6 +187,18 @@ class SessionTrainer(BackendTrainer):
             return self._given_sampler
         if (reason := self._why_not_sample()) is not None:
             raise SamplerError(reason)
+        if own_weights:
+            if session.copy is None:
+                with session.lock:  # not in the middle of a call that another thread makes
+                    session.copy = TransformersSampler(
+                        self.local_verbs.copied_policy(),
+                        context=self.strategy.precision_plugin.forward_context,
+                        own_weights=True,
+                    )
+                    session.copy.update(self.local_verbs.named_weights(), self.global_step)
+                    if session.sampler is not None:
+                        self.verbs.lend_weights()  # again, for naming them took them back
+            return session.copy
         if session.sampler is None:
             session.sampler = TransformersSampler(
                 self.local_verbs.lent_policy,
@@ -242,8 +259,9 @@ class SessionTrainer(BackendTrainer):
         self.close()
 
     def _release(self) -> None:
-        if self._session is not None and self._session.sampler is not None:
-            self._session.sampler.close()
+        for sampler in () if self._session is None else (self._session.sampler, self._session.copy):
+            if sampler is not None:
+                sampler.close()
         self._session = None
         self._interrupts.unwatch()
         self.verbs.close()
@@ -267,6 +285,8 @@ class SessionTrainer(BackendTrainer):
         session = self._session
         if session is None:  # torn down on the way, see `_run_epoch`
             return
+        if session.copy is not None:
+            session.copy.update(self.local_verbs.named_weights(), self.global_step)
         if session.sampler is not None:
             self.verbs.lend_weights()
             session.sampler.update((), self.global_step)

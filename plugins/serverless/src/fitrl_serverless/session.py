@@ -75,8 +75,13 @@ class ServerlessSession(BackendTrainer):
         if run.pending is not None and not self._busy.locked():
             self._heeding_signals(lambda: self._pick_up(run))
 
-    def sampler(self, model: TrainableModel) -> Sampler:
-        """The sampler of a model's newest step, which the service serves."""
+    def sampler(self, model: TrainableModel, *, own_weights: bool = False) -> Sampler:
+        """The sampler of a model's newest step, which the service serves.
+
+        Args:
+            model: whose.
+            own_weights: a service's sampler has weights of its own in any case.
+        """
         self.open(model)
         run = self._require_run()
         if self._served is None:

@@ -188,8 +188,13 @@ class TinkerTrainer(RemoteTrainer):
 
     fit_rl_async = asynchronous(fit_rl)
 
-    def sampler(self, model: TrainableModel) -> TinkerSampler:
-        """The service's sampler of a model: at first of its newest weights, then of those that were deployed."""
+    def sampler(self, model: TrainableModel, *, own_weights: bool = False) -> TinkerSampler:
+        """The service's sampler of a model: at first of its newest weights, then of those that were deployed.
+
+        Args:
+            model: whose.
+            own_weights: a service's sampler has weights of its own in any case.
+        """
         self.open(model)
         return self.tinker_strategy.deployed_sampler()
 
