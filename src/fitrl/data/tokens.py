@@ -12,12 +12,12 @@ import re
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jinja2
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from fitrl.data.completion import Completion, Message, Tool
 from fitrl.data.groups import History, TokenHistory, Trajectory
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 # log_softmax in low precision can end a little above zero; more than this is not a logarithm of a probability
 _LOGPROB_TOLERANCE = 1e-3
+_Piece: TypeAlias = npt.NDArray[Any]  # some tokens' values in a column
 
 
 @dataclass(slots=True)
@@ -159,45 +160,47 @@ def _require_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 @dataclass(slots=True)
 class _Segment:
-    """Columns of a token history under construction."""
+    """Columns of a token history under construction, in pieces: most of them hold one value over a whole piece."""
 
     token_ids: list[int] = field(default_factory=list)
-    mask: list[bool] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    temperature: list[float] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
+    mask: list[_Piece] = field(default_factory=list)
+    logprobs: list[_Piece] = field(default_factory=list)
+    temperature: list[_Piece] = field(default_factory=list)
+    versions: list[_Piece] = field(default_factory=list)
     full_support: bool = True
 
     def context(self, ids: list[int]) -> None:
         """Append ids that the policy read."""
         self.token_ids += ids
-        self.mask += [False] * len(ids)
-        self.logprobs += [math.nan] * len(ids)
-        self.temperature += [1.0] * len(ids)
-        self.versions += [-1] * len(ids)
+        self.mask.append(np.zeros(len(ids), np.bool_))
+        self.logprobs.append(np.full(len(ids), np.nan, np.float32))
+        self.temperature.append(np.ones(len(ids), np.float32))
+        self.versions.append(np.full(len(ids), -1, np.int64))
 
-    def sampled(self, ids: list[int], logprobs: list[float], temperature: float, versions: list[int]) -> None:
+    def sampled(self, ids: list[int], logprobs: list[float], temperature: float, versions: _Piece) -> None:
         """Append ids that the policy said."""
         self.token_ids += ids
-        self.mask += [True] * len(ids)
-        self.logprobs += logprobs
-        self.temperature += [temperature] * len(ids)
-        self.versions += versions
+        self.mask.append(np.ones(len(ids), np.bool_))
+        self.logprobs.append(_piece(logprobs, np.float32))
+        self.temperature.append(np.full(len(ids), temperature, np.float32))
+        self.versions.append(versions)
 
     def finish(self) -> TokenHistory:
+        columns = (self.mask, self.logprobs, self.temperature, self.versions)
+        mask, logprobs, temperature, versions = (torch.from_numpy(np.concatenate(pieces)) for pieces in columns)
         return TokenHistory(
-            token_ids=_column(self.token_ids, np.int64),
-            mask=_column(self.mask, np.bool_),
-            logprobs=_column(self.logprobs, np.float32),
-            temperature=_column(self.temperature, np.float32),
-            versions=_column(self.versions, np.int64),
+            token_ids=torch.from_numpy(_piece(self.token_ids, np.int64)),
+            mask=mask,
+            logprobs=logprobs,
+            temperature=temperature,
+            versions=versions,
             full_support=self.full_support,
         )
 
 
-def _column(values: list[Any], dtype: type[np.generic]) -> Tensor:
-    """A tensor of a list; `torch.tensor` looks at each number far longer."""
-    return torch.from_numpy(np.fromiter(values, dtype=dtype, count=len(values)))
+def _piece(values: list[Any], dtype: type[np.generic]) -> _Piece:
+    """An array of a list; `torch.tensor` looks at each number far longer."""
+    return np.fromiter(values, dtype=dtype, count=len(values))
 
 
 def _tokenize_history(
@@ -223,7 +226,7 @@ def _tokenize_history(
             prompt = render_prompt(tokenizer, messages[:index], history.tools)
             ids = _assistant_ids(tokenizer, messages[: index + 1], history.tools, prompt)
             logprobs = [math.nan] * len(ids)
-            temperature, versions, full_support = 1.0, [-1] * len(ids), True
+            temperature, versions, full_support = 1.0, np.full(len(ids), -1, np.int64), True
         else:
             continue
         if not segments or prompt[: len(segments[-1].token_ids)] != segments[-1].token_ids:
@@ -261,14 +264,14 @@ def _sampled(
     return ids, list(completion.logprobs)
 
 
-def _versions(completion: Completion, num_tokens: int) -> list[int]:
+def _versions(completion: Completion, num_tokens: int) -> _Piece:
     if completion.versions is None:
-        return [completion.version] * num_tokens
+        return np.full(num_tokens, completion.version, np.int64)
     if len(completion.versions) != num_tokens:
         raise DataError(
             f"a completion has {num_tokens} tokens but {len(completion.versions)} versions ({completion.text[:60]!r})"
         )
-    return list(completion.versions)
+    return _piece(list(completion.versions), np.int64)
 
 
 def _temperature(completion: Completion, history: History) -> float:
