@@ -30,6 +30,7 @@ from fitrl_deepspeed import DeepSpeedRLStrategy, DeepSpeedTrainer
 
 STAGES = (1, 2, 3)
 EVERYTHING = os.environ.get("FITRL_DEEPSPEED_ALL") == "1"
+ACCELERATOR = os.environ.get("FITRL_TEST_ACCELERATOR", "cpu")
 CHOSEN = ("TestFitRL1", "TestUnderLightning2", "TestVerbs3")
 
 
@@ -42,7 +43,7 @@ def new_trainer(stage: int, setup: Setup, **options: Any) -> DeepSpeedTrainer:
     return DeepSpeedTrainer(
         zero_stage=stage,
         settings=settings(stage),
-        accelerator=os.environ.get("FITRL_TEST_ACCELERATOR", "cpu"),
+        accelerator=ACCELERATOR,
         devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         lr_schedule=setup.lr_schedule,
         gradient_clip_val=setup.gradient_clip_val,
@@ -73,6 +74,7 @@ class FitRL(SupportsFitRLContract):
 
 
 class UnderLightning(LightningContract, LightningFitRLContract):
+    accelerator = ACCELERATOR
     stage: int
 
     def strategy(self, folder: Path) -> DeepSpeedRLStrategy:
