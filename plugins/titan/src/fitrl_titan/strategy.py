@@ -19,6 +19,17 @@ from fitrl.policy.sharding import like, whole
 from fitrl.strategies.fsdp2 import FSDP2Strategy
 
 DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}
+_SHORT = {"32": "32-true", "bf16": "bf16-mixed"}  # Lightning takes these, too
+
+
+def check_precision(precision: str) -> None:
+    """Refuse what torchtitan's modules do not compute in.
+
+    Raises:
+        UnsupportedError: it is none of `DTYPES`.
+    """
+    if _SHORT.get(precision, precision) not in DTYPES:
+        raise UnsupportedError(f"precision={precision!r}: torchtitan computes in {' or '.join(DTYPES)}")
 
 
 class TitanStrategy(FSDP2Strategy):
@@ -107,8 +118,7 @@ class TitanStrategy(FSDP2Strategy):
             raise UnsupportedError("fitrl_titan trains all weights: pass lora=None to TrainableModel, or LocalTrainer")
         if moments != "float32":
             raise UnsupportedError(f"AdamWSettings(moments={moments!r}) cannot be sharded: take 'float32'")
-        if precision not in DTYPES:
-            raise UnsupportedError(f"precision={precision!r}: torchtitan computes in {' or '.join(DTYPES)}")
+        check_precision(precision)
         if compiles and self.tensor_parallel_size > 1:
             raise UnsupportedError(
                 f"compile=True with tensor_parallel_size={self.tensor_parallel_size}: torch's compiler cannot follow "

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from fitrl import AdamWSettings, LocalTrainer, Sampler
 from fitrl.errors import InvalidArgumentError
-from fitrl_titan.strategy import TitanStrategy
+from fitrl_titan.strategy import TitanStrategy, check_precision
 
 
 class TitanTrainer(LocalTrainer):
@@ -30,6 +30,7 @@ class TitanTrainer(LocalTrainer):
             gradient_clip_val, ...
 
     Raises:
+        UnsupportedError: a precision that torchtitan's modules do not compute in.
         InvalidArgumentError: sizes that do not make the job's ranks, or another `strategy`.
         MissingDependencyError: torchtitan is not installed.
 
@@ -57,6 +58,7 @@ class TitanTrainer(LocalTrainer):
             raise InvalidArgumentError(
                 f"activation_checkpointing must be True, False or 'selective', got {activation_checkpointing!r}"
             )
+        check_precision(str(lightning_options.get("precision") or "32-true"))  # Lightning has words of its own for it
         strategy = TitanStrategy(
             data_parallel_size=data_parallel_size,
             tensor_parallel_size=tensor_parallel_size,
