@@ -264,6 +264,41 @@ def test_what_an_agent_waits_for_and_was_cancelled_is_a_failure() -> None:
         next(pipeline)
 
 
+@pytest.mark.parametrize("in_a_task", [False, True])
+def test_what_asks_the_process_to_end_is_a_failure(in_a_task) -> None:
+    async def leave() -> None:
+        raise SystemExit(3)  # as sampled code does that a reward runs
+
+    async def reward(task, trajectory) -> float:
+        await (asyncio.create_task(leave()) if in_a_task else leave())
+        raise AssertionError
+
+    options = {"reward": reward, "max_retries": 0, "max_failed_groups": 0}
+    with make(FakeSampler(), **options) as pipeline, pytest.raises(GroupError, match="end: SystemExit"):
+        next(pipeline)
+
+
+def test_an_attempt_that_raises_while_it_is_stopped_is_not_made_again() -> None:
+    sampler = FakeSampler()
+
+    async def agent(chat, task):
+        messages = [{"role": "user", "content": task}]
+        try:
+            return fitrl.Trajectory(messages_and_choices=[*messages, await chat(messages)])
+        except asyncio.CancelledError:
+            raise ConnectionError("its connection could not be closed") from None
+
+    with make(sampler, agent=agent, group_size=1, max_steps_off_policy=1) as pipeline:
+        hangs, last = text_of(pipeline, 0), text_of(pipeline, 9)
+        sampler.hold(hangs, last)
+        for step in range(4):
+            assert numbers(next(pipeline)) == [2 * step + 1, 2 * step + 2]
+            sampler.version = step + 1
+        assert pipeline.dropped == {"stale": 1} and sampler.calls[hangs] == 1
+        sampler.wait_for(last)
+    assert sampler.under_way == 0 and sampler.calls[last] == 1
+
+
 # -- weights change ---------------------------------------------------------------------------------------------------
 
 

@@ -125,8 +125,8 @@ class Attempts:
                     self.counts["attempts_restarted"] += 1
                     continue
                 except (Exception, asyncio.CancelledError) as error:
-                    if isinstance(error, asyncio.CancelledError) and is_cancelled():
-                        raise
+                    if is_cancelled():  # whatever it raises on its way out, it is not made again
+                        raise asyncio.CancelledError from error
                     failures += 1
                     if failures > self.max_retries:
                         raise GaveUp from error
@@ -146,7 +146,7 @@ class Attempts:
         self.idle.set(False)
         try:
             return await work
-        except asyncio.CancelledError as error:
+        except (Exception, asyncio.CancelledError) as error:
             if work in self._stopped and not is_cancelled():
                 raise _Restarted from error
             raise
@@ -157,7 +157,10 @@ class Attempts:
 
     async def _within_time(self, chat: Chat, task: Any) -> Trajectory:
         async with asyncio.timeout(self.attempt_timeout_s):
-            return await attempt(chat, task, reward=self.reward, agent=self.agent)
+            try:
+                return await attempt(chat, task, reward=self.reward, agent=self.agent)
+            except (SystemExit, KeyboardInterrupt) as error:  # of code that was sampled and run, say
+                raise RuntimeError(f"an attempt asked the process to end: {error!r}") from error
 
 
 class _Restarted(Exception):  # noqa: N818 - an outcome
