@@ -107,7 +107,7 @@ class Supply:
         self._look()
         self._ledger.look_back()
         if self._ledger.replays:
-            return self._ledger.replays.pop(0)
+            return self._ledger.hand_out_again()
         self._drop_stale()
         while len(self._ready) < self._groups_per_step:
             if self._broken is not None:
