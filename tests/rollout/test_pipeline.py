@@ -148,10 +148,15 @@ def test_weights_that_were_given_up_leave_no_tokens() -> None:
     sampler = FakeSampler()
     sampler.version = 7
     with make(sampler) as pipeline:
+        finished, under_way = text_of(pipeline, 2), text_of(pipeline, 3)
+        sampler.hold(under_way)
         assert numbers(next(pipeline)) == [0, 1]
+        sampler.wait_for(finished)
+        sampler.wait_for(under_way)
         sampler.version = 3  # back to a checkpoint
         assert all(group_versions(group) == (3, 3) for group in next(pipeline))
         assert pipeline.dropped == {"stale": 2}
+        assert under_way in [sampler.cancelled.get_nowait() for _ in range(sampler.cancelled.qsize())]
 
 
 @given(st.integers(0, 3), st.integers(1, 4), st.integers(1, 3), st.integers(0, 2**32), st.sampled_from([0.0, 0.1, 0.3]))

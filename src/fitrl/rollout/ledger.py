@@ -25,7 +25,7 @@ from fitrl.policy.model import TrainableModel
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Batch:
-    """Groups that were handed out together: the trainer's step then, and their numbers; None: to be handed out again."""
+    """Groups that were handed out together: the trainer's step then (None: before it is there) and their numbers."""
 
     step: int | None
     numbers: list[int]
