@@ -239,6 +239,27 @@ def test_an_attempt_that_fails_is_made_again_with_another_seed() -> None:
         assert pipeline.metrics()["pipeline/attempts_retried"] == 2 and pipeline.dropped == {}
 
 
+def test_an_attempt_that_is_made_again_is_as_old_as_its_own_tokens() -> None:
+    sampler, seen = FakeSampler(), set()
+
+    async def agent(chat, task):
+        text = f"{task} again" if task in seen else task
+        seen.add(task)
+        return fitrl.Trajectory(messages_and_choices=[await chat([{"role": "user", "content": text}])])
+
+    with make(sampler, agent=agent, group_size=1, groups_per_step=1) as pipeline:
+        slow = text_of(pipeline, 0)
+        sampler.hold(slow, f"{slow} again")
+        sampler.fails[slow] = 1
+        assert numbers(next(pipeline)) == [1]
+        sampler.version = 1
+        assert numbers(next(pipeline)) == [2]
+        sampler.let_go(slow)
+        sampler.wait_for(f"{slow} again")
+        sampler.version = 2  # two steps behind is what the first try said, and not the second
+        assert numbers(next(pipeline)) == [3] and pipeline.dropped == {}
+
+
 def test_a_group_that_fails_for_good_is_dropped_and_many_in_a_row_are_an_error() -> None:
     sampler = FakeSampler()
     with make(sampler, max_retries=1, max_failed_groups=2, max_steps_off_policy=0) as pipeline:
@@ -393,6 +414,23 @@ def test_a_question_that_is_cancelled_loses_no_group() -> None:
             return numbers(await anext(pipeline))
 
     assert asyncio.run(ask()) == [0, 1]
+
+
+def test_two_questions_at_once_are_refused() -> None:
+    sampler = FakeSampler()
+
+    async def ask() -> None:
+        async with make(sampler, max_steps_off_policy=0) as pipeline:
+            text = text_of(pipeline, 0)
+            sampler.hold(text)
+            asked = asyncio.ensure_future(anext(pipeline))
+            await asyncio.to_thread(sampler.wait_for, text)
+            with pytest.raises(SessionError, match="one at a time"):
+                await anext(pipeline)
+            sampler.let_go(text)
+            assert numbers(await asked) == [0, 1] and numbers(await anext(pipeline)) == [2, 3]
+
+    asyncio.run(ask())
 
 
 def test_ctrl_c_while_it_waits_ends_it_cleanly() -> None:
