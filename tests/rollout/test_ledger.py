@@ -85,6 +85,69 @@ def test_a_run_that_goes_back_while_it_is_open_is_handed_its_batches_again(model
     assert len(again(model).replays) == 3  # of a process that finds no checkpoint
 
 
+def replays(books: Ledger) -> list[list[int]]:
+    return [[g.metadata["number"] for g in batch] for batch in books.replays]
+
+
+def test_a_run_that_goes_back_while_its_batches_are_replayed_is_handed_them_from_the_begin(model) -> None:
+    books = Ledger(model, keeps_waiting=True)
+    for step in range(4):
+        model.step = step
+        books.keep(step, one(step))
+        books.hand_out({step: one(step)}, [step])
+    model.step = 1
+    books.look_back()
+    books.hand_out_again()
+    model.step = 2
+    books.look_back()
+    books.hand_out_again()
+    assert replays(books) == [[3]]
+    model.step = 1  # the second one could not be trained on again
+    books.look_back()
+    assert replays(books) == [[1], [2], [3]]
+
+
+def test_a_replay_that_takes_more_steps_than_before_leaves_those_after_it_to_be_handed_out(model) -> None:
+    books = Ledger(model, keeps_waiting=True)
+    for step in range(2):
+        model.step = step
+        books.keep(step, one(step))
+        books.hand_out({step: one(step)}, [step])
+    books = again(model)
+    assert replays(books) == [[0], [1]]
+    books.hand_out_again()
+    save(model, 4)  # with num_minibatches=4 this time
+    assert replays(again(model)) == [[1]]
+
+
+def test_other_books_of_the_same_process_keep_what_no_checkpoint_holds(model) -> None:
+    books = Ledger(model, keeps_waiting=True)
+    books.keep(0, one(0))
+    books.hand_out({0: one(0)}, [0])
+    model.step = 1  # trained, and not saved
+    assert Ledger(model, keeps_waiting=True).replays == []
+    assert replays(again(model)) == [[0]]
+
+
+def test_a_batch_that_could_not_be_noted_is_noted_once(model, monkeypatch) -> None:
+    def full(file: int) -> None:
+        raise OSError("no space left")
+
+    books = Ledger(model, keeps_waiting=True)
+    books.keep(0, one(0))
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="no space left"):
+        patch.setattr("os.fsync", full)
+        books.hand_out({0: one(0)}, [0])
+    books.hand_out({0: one(0)}, [0])
+    assert replays(again(model)) == [[0]]
+
+
+def test_what_was_finished_before_the_first_batch_waits(model) -> None:
+    Ledger(model, keeps_waiting=True).keep(1, one(1))
+    found = again(model)
+    assert list(found.waiting) == [1] and found.next_number(found.waiting) == 0
+
+
 def test_groups_that_were_under_way_or_dropped(model) -> None:
     books = Ledger(model, keeps_waiting=True)
     for number in (1, 3):

@@ -148,10 +148,15 @@ def test_weights_that_were_given_up_leave_no_tokens() -> None:
     sampler = FakeSampler()
     sampler.version = 7
     with make(sampler) as pipeline:
+        finished, under_way = text_of(pipeline, 2), text_of(pipeline, 3)
+        sampler.hold(under_way)
         assert numbers(next(pipeline)) == [0, 1]
+        sampler.wait_for(finished)
+        sampler.wait_for(under_way)
         sampler.version = 3  # back to a checkpoint
         assert all(group_versions(group) == (3, 3) for group in next(pipeline))
         assert pipeline.dropped == {"stale": 2}
+        assert under_way in [sampler.cancelled.get_nowait() for _ in range(sampler.cancelled.qsize())]
 
 
 @given(st.integers(0, 3), st.integers(1, 4), st.integers(1, 3), st.integers(0, 2**32), st.sampled_from([0.0, 0.1, 0.3]))
@@ -234,6 +239,27 @@ def test_an_attempt_that_fails_is_made_again_with_another_seed() -> None:
         assert pipeline.metrics()["pipeline/attempts_retried"] == 2 and pipeline.dropped == {}
 
 
+def test_an_attempt_that_is_made_again_is_as_old_as_its_own_tokens() -> None:
+    sampler, seen = FakeSampler(), set()
+
+    async def agent(chat, task):
+        text = f"{task} again" if task in seen else task
+        seen.add(task)
+        return fitrl.Trajectory(messages_and_choices=[await chat([{"role": "user", "content": text}])])
+
+    with make(sampler, agent=agent, group_size=1, groups_per_step=1) as pipeline:
+        slow = text_of(pipeline, 0)
+        sampler.hold(slow, f"{slow} again")
+        sampler.fails[slow] = 1
+        assert numbers(next(pipeline)) == [1]
+        sampler.version = 1
+        assert numbers(next(pipeline)) == [2]
+        sampler.let_go(slow)
+        sampler.wait_for(f"{slow} again")
+        sampler.version = 2  # two steps behind is what the first try said, and not the second
+        assert numbers(next(pipeline)) == [3] and pipeline.dropped == {}
+
+
 def test_a_group_that_fails_for_good_is_dropped_and_many_in_a_row_are_an_error() -> None:
     sampler = FakeSampler()
     with make(sampler, max_retries=1, max_failed_groups=2, max_steps_off_policy=0) as pipeline:
@@ -262,6 +288,41 @@ def test_what_an_agent_waits_for_and_was_cancelled_is_a_failure() -> None:
 
     with make(FakeSampler(), agent=agent, max_failed_groups=0) as pipeline, pytest.raises(GroupError):
         next(pipeline)
+
+
+@pytest.mark.parametrize("in_a_task", [False, True])
+def test_what_asks_the_process_to_end_is_a_failure(in_a_task) -> None:
+    async def leave() -> None:
+        raise SystemExit(3)  # as sampled code does that a reward runs
+
+    async def reward(task, trajectory) -> float:
+        await (asyncio.create_task(leave()) if in_a_task else leave())
+        raise AssertionError
+
+    options = {"reward": reward, "max_retries": 0, "max_failed_groups": 0}
+    with make(FakeSampler(), **options) as pipeline, pytest.raises(GroupError, match="end: SystemExit"):
+        next(pipeline)
+
+
+def test_an_attempt_that_raises_while_it_is_stopped_is_not_made_again() -> None:
+    sampler = FakeSampler()
+
+    async def agent(chat, task):
+        messages = [{"role": "user", "content": task}]
+        try:
+            return fitrl.Trajectory(messages_and_choices=[*messages, await chat(messages)])
+        except asyncio.CancelledError:
+            raise ConnectionError("its connection could not be closed") from None
+
+    with make(sampler, agent=agent, group_size=1, max_steps_off_policy=1) as pipeline:
+        hangs, last = text_of(pipeline, 0), text_of(pipeline, 9)
+        sampler.hold(hangs, last)
+        for step in range(4):
+            assert numbers(next(pipeline)) == [2 * step + 1, 2 * step + 2]
+            sampler.version = step + 1
+        assert pipeline.dropped == {"stale": 1} and sampler.calls[hangs] == 1
+        sampler.wait_for(last)
+    assert sampler.under_way == 0 and sampler.calls[last] == 1
 
 
 # -- weights change ---------------------------------------------------------------------------------------------------
@@ -353,6 +414,23 @@ def test_a_question_that_is_cancelled_loses_no_group() -> None:
             return numbers(await anext(pipeline))
 
     assert asyncio.run(ask()) == [0, 1]
+
+
+def test_two_questions_at_once_are_refused() -> None:
+    sampler = FakeSampler()
+
+    async def ask() -> None:
+        async with make(sampler, max_steps_off_policy=0) as pipeline:
+            text = text_of(pipeline, 0)
+            sampler.hold(text)
+            asked = asyncio.ensure_future(anext(pipeline))
+            await asyncio.to_thread(sampler.wait_for, text)
+            with pytest.raises(SessionError, match="one at a time"):
+                await anext(pipeline)
+            sampler.let_go(text)
+            assert numbers(await asked) == [0, 1] and numbers(await anext(pipeline)) == [2, 3]
+
+    asyncio.run(ask())
 
 
 def test_ctrl_c_while_it_waits_ends_it_cleanly() -> None:

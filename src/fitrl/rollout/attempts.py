@@ -32,17 +32,18 @@ class Slot:
 
     Attributes:
         number: of the group.
-        oldest: the policy version of the oldest token that it may have; None before there is one.
+        since: the policy version of the oldest token that an attempt may have, by its index.
         job: what fills it.
     """
 
     number: int
-    oldest: int | None = None
+    since: dict[int, int] = field(default_factory=dict)
     job: asyncio.Task[None] | None = None
 
-    def has_tokens_of(self, version: int) -> None:
-        """Note that a token of this version may be in the group."""
-        self.oldest = version if self.oldest is None else min(self.oldest, version)
+    @property
+    def oldest(self) -> int | None:
+        """The policy version of the oldest token that the group may have; None before there is one."""
+        return min(self.since.values(), default=None)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -92,7 +93,7 @@ class Attempts:
                 return group
             redraw += 1
             self.counts["flat_groups_resampled"] += 1
-            slot.oldest = None
+            slot.since.clear()
 
     def weights_changed(self) -> None:
         """Begin attempts that are under way again, if that was asked for."""
@@ -117,7 +118,7 @@ class Attempts:
         async with self.free:
             while True:
                 if self.on_weight_change == "continue":
-                    slot.has_tokens_of(self.chat.sampler.version)
+                    slot.since[index] = self.chat.sampler.version
                 seed = self.draws.seed(slot.number, index, redraw=redraw, retry=failures)
                 try:
                     trajectory = await self._once(dataclasses.replace(self.chat, seed=seed), task)
@@ -125,8 +126,8 @@ class Attempts:
                     self.counts["attempts_restarted"] += 1
                     continue
                 except (Exception, asyncio.CancelledError) as error:
-                    if isinstance(error, asyncio.CancelledError) and is_cancelled():
-                        raise
+                    if is_cancelled():  # whatever it raises on its way out, it is not made again
+                        raise asyncio.CancelledError from error
                     failures += 1
                     if failures > self.max_retries:
                         raise GaveUp from error
@@ -137,7 +138,7 @@ class Attempts:
                     self.counts["attempts_restarted"] += 1
                     continue
                 if versions is not None:
-                    slot.has_tokens_of(versions[0])
+                    slot.since[index] = versions[0]
                 return trajectory
 
     async def _once(self, chat: Chat, task: Any) -> Trajectory:
@@ -146,7 +147,7 @@ class Attempts:
         self.idle.set(False)
         try:
             return await work
-        except asyncio.CancelledError as error:
+        except (Exception, asyncio.CancelledError) as error:
             if work in self._stopped and not is_cancelled():
                 raise _Restarted from error
             raise
@@ -157,7 +158,10 @@ class Attempts:
 
     async def _within_time(self, chat: Chat, task: Any) -> Trajectory:
         async with asyncio.timeout(self.attempt_timeout_s):
-            return await attempt(chat, task, reward=self.reward, agent=self.agent)
+            try:
+                return await attempt(chat, task, reward=self.reward, agent=self.agent)
+            except (SystemExit, KeyboardInterrupt) as error:  # of code that was sampled and run, say
+                raise RuntimeError(f"an attempt asked the process to end: {error!r}") from error
 
 
 class _Restarted(Exception):  # noqa: N818 - an outcome

@@ -34,11 +34,11 @@ class Draws:
         self._order = functools.lru_cache(maxsize=4)(self._shuffled)
 
     def task(self, number: int, redraw: int = 0) -> Any:
-        """The task of a group; of a group drawn again, because its rewards were all equal, any other."""
-        if redraw:
-            return random.Random(f"{self._seed}/{number}/{redraw}").choice(self._tasks)
+        """The task of a group; of one drawn again, because its rewards were all equal, another, where there are any."""
         epoch, place = divmod(number, len(self._tasks))
-        return self._tasks[self._order(epoch)[place]]
+        if redraw and (others := len(self._tasks) - 1):
+            place += 1 + (random.Random(f"{self._seed}/{number}").randrange(others) + redraw) % others
+        return self._tasks[self._order(epoch)[place % len(self._tasks)]]
 
     def of_step(self, step: int) -> list[Any]:
         """The tasks of a step's groups, where none is drawn again, dropped or late."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from fitrl.data.groups import TrajectoryGroup
@@ -25,9 +25,9 @@ from fitrl.policy.model import TrainableModel
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Batch:
-    """Groups that were handed out together: the trainer's step then, and their numbers."""
+    """Groups that were handed out together: the trainer's step then (None: before it is there) and their numbers."""
 
-    step: int
+    step: int | None
     numbers: list[int]
 
 
@@ -55,12 +55,13 @@ class Ledger:
         self._floor = 0  # every number below is done
         self._done: set[int] = set()
         self._dropped: set[int] = set()  # since the last batch
-        self._batches: list[_Batch] = []
+        self._batches: list[_Batch] = []  # the last ones are the replays
+        self._newest_step = 0  # of a batch that was handed out
         self.versions: list[int] = []
         self.replays: list[list[TrajectoryGroup]] = []
         self.waiting: dict[int, TrajectoryGroup] = {}
         if model is not None:
-            self._load(model.step)
+            self._load()
 
     def next_number(self, taken: Collection[int]) -> int:
         """The lowest number that is neither done nor taken."""
@@ -93,20 +94,41 @@ class Ledger:
         if not self._keeps_waiting:
             for number, group in groups.items():
                 self._write_group(number, group)
-        step = self._model.step
-        self._batches.append(_Batch(step=step, numbers=list(groups)))
-        # of the batches before, those that a checkpoint holds are not needed any more
-        saved = _is_saved(self._model, step)
-        self._commit([batch for batch in self._batches if not saved or batch.step >= step])
+        self._commit([*self._unsaved(), _Batch(step=self._model.step, numbers=list(groups))])
+        self._newest_step = self._model.step
+
+    def hand_out_again(self) -> list[TrajectoryGroup]:
+        """Take the next of the replays, and note the step that it is trained at now; those after it have none yet.
+
+        Raises:
+            CheckpointError: the books cannot be written.
+        """
+        assert self._model is not None  # without books there are no replays
+        index = len(self._batches) - len(self.replays)
+        again = replace(self._batches[index], step=self._model.step)
+        later = [replace(batch, step=None) for batch in self._batches[index + 1 :]]
+        self._commit([*self._batches[:index], again, *later])
+        self._newest_step = self._model.step
+        return self.replays.pop(0)
 
     def look_back(self) -> None:
         """See whether the run has gone back to a checkpoint while it was open: then its batches are replayed, too."""
-        if self._model is None or self.replays or not self._batches:
-            return
+        if self._model is not None and self._model.step < self._newest_step:
+            self._replay()
+
+    def _replay(self) -> None:
+        """Have the batches handed out again that the weights as they are were not trained on, all of them the last."""
+        assert self._model is not None
+        self._newest_step = step = self._model.step
+        again = [batch for batch in self._batches if batch.step is None or batch.step >= step]
+        self.replays = [[self._read(number) for number in batch.numbers] for batch in again]
+
+    def _unsaved(self) -> list[_Batch]:
+        """The batches that no checkpoint is known to hold."""
+        assert self._model is not None
         step = self._model.step
-        if step < self._batches[-1].step:
-            self._batches = [batch for batch in self._batches if batch.step >= step]
-            self.replays = self._read_batches()
+        saved = _is_saved(self._model, step)
+        return [batch for batch in self._batches if not saved or batch.step is None or batch.step >= step]
 
     def _finish(self, numbers: Iterable[int]) -> None:
         self._done.update(numbers)
@@ -118,7 +140,6 @@ class Ledger:
         """Write the books with these batches, then delete the groups that are in none of them and done."""
         assert self._folder is not None
         gone = self._dropped.union(*(batch.numbers for batch in self._batches))
-        self._batches, self._dropped = batches, set()
         state = {
             "floor": self._floor,
             "done": sorted(self._done),
@@ -126,30 +147,26 @@ class Ledger:
             "batches": [asdict(batch) for batch in batches],
         }
         _write(self._folder / "queue.json", json.dumps(state) + "\n")
+        self._batches, self._dropped = batches, set()
         for number in gone.difference(*(batch.numbers for batch in batches)):
             self._path(number).unlink(missing_ok=True)
 
-    def _load(self, step: int) -> None:
+    def _load(self) -> None:
         assert self._folder is not None
         path = self._folder / "queue.json"
-        if not path.is_file():
-            self._clear(keep=())
-            return
-        try:
-            state = json.loads(path.read_text())
-            self._floor, self._done = int(state["floor"]), set(state["done"])
-            self.versions = list(state["versions"])
-            self._batches = [_Batch(**batch) for batch in state["batches"]]
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise CheckpointError(f"{path} cannot be read ({error!r}): delete its folder to begin anew") from error
-        self._commit([batch for batch in self._batches if batch.step >= step])
+        if path.is_file():
+            try:
+                state = json.loads(path.read_text())
+                self._floor, self._done = int(state["floor"]), set(state["done"])
+                self.versions = list(state["versions"])
+                self._batches = [_Batch(**batch) for batch in state["batches"]]
+            except (OSError, ValueError, TypeError, KeyError) as error:
+                raise CheckpointError(f"{path} cannot be read ({error!r}): delete its folder to begin anew") from error
+            self._commit(self._unsaved())
+            self._replay()
         handed_out = {number for batch in self._batches for number in batch.numbers}
         found = self._clear(keep=handed_out)
-        self.replays = self._read_batches()
         self.waiting = {number: self._read(number) for number in sorted(found - handed_out)}
-
-    def _read_batches(self) -> list[list[TrajectoryGroup]]:
-        return [[self._read(number) for number in batch.numbers] for batch in self._batches]
 
     def _clear(self, keep: Collection[int]) -> set[int]:
         """Delete what a crash left over, and groups that are done; returns the numbers of those that stay."""

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -166,6 +168,7 @@ class RolloutPipeline:
             counts=self._counts,
         )
         self._supply: Supply | None = None  # opened when the first batch is asked for
+        self._asked = threading.Lock()
         self._closed = False
 
     # -- what the user's loop sees ------------------------------------------------------------------------------
@@ -183,15 +186,15 @@ class RolloutPipeline:
             GroupError: more than `max_failed_groups` groups in a row were dropped because an attempt failed for good.
             CheckpointError: the queue in the run folder cannot be read or written.
             DataError: a group that the run folder cannot hold.
-            SessionError: the pipeline was closed.
+            SessionError: the pipeline was closed, or is being asked already.
         """
         failure: Exception | None = None
         groups: list[TrajectoryGroup] = []
         try:
             if ranks.rank() == 0:
-                self._refuse_if_closed()
-                groups = self._loop.wait_for(self._next())
-                self._received()
+                with self._asking():
+                    groups = self._loop.wait_for(self._next())
+                    self._received()
         except Exception as error:
             failure = error
         ranks.settle(failure, of_rollouts=True)
@@ -203,9 +206,9 @@ class RolloutPipeline:
         groups: list[TrajectoryGroup] = []
         try:
             if ranks.rank() == 0:
-                self._refuse_if_closed()
-                groups = await asyncio.wrap_future(self._loop.spawn(self._next()))
-                self._received()
+                with self._asking():
+                    groups = await asyncio.wrap_future(self._loop.spawn(self._next()))
+                    self._received()
         except Exception as error:
             failure = error
         if ranks.world_size() > 1:
@@ -271,9 +274,17 @@ class RolloutPipeline:
         assert self._supply is not None  # it has just handed out a batch
         self._supply.received()
 
-    def _refuse_if_closed(self) -> None:
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        """One question at a time: two at once would say that a batch is done with which nobody has seen."""
         if self._closed:
             raise SessionError("this pipeline was closed: make another one, which goes on where its run folder is")
+        if not self._asked.acquire(blocking=False):
+            raise SessionError("the next batch is being asked for already: take batches in one loop, one at a time")
+        try:
+            yield
+        finally:
+            self._asked.release()
 
 
 async def _end_workers() -> None:

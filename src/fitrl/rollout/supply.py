@@ -107,7 +107,7 @@ class Supply:
         self._look()
         self._ledger.look_back()
         if self._ledger.replays:
-            return self._ledger.replays.pop(0)
+            return self._ledger.hand_out_again()
         self._drop_stale()
         while len(self._ready) < self._groups_per_step:
             if self._broken is not None:
@@ -121,8 +121,13 @@ class Supply:
         return [self._ready.pop(number) for number in numbers]
 
     def _look(self) -> None:
-        """See which weights answer."""
-        if self._versions.see(self._sampler.version):
+        """See which weights answer; where the policy went back, what is under way has tokens of the ones given up."""
+        version = self._sampler.version
+        if self._versions.gives_up(version):
+            for slot in list(self._slots.values()):
+                if slot.oldest is not None:
+                    self._stop(slot)
+        if self._versions.see(version):
             self._attempts.weights_changed()
 
     def _begin_groups(self) -> None:
@@ -168,11 +173,15 @@ class Supply:
                 self._drop(number, "stale")
         for slot in list(self._slots.values()):
             if slot.oldest is not None and self._versions.behind(slot.oldest) > limit:
-                assert slot.job is not None
-                slot.job.cancel()
-                del self._slots[slot.number]
-                self._drop(slot.number, "stale")
+                self._stop(slot)
         self._begin_groups()
+
+    def _stop(self, slot: Slot) -> None:
+        """Drop a group that is under way."""
+        assert slot.job is not None  # it was begun
+        slot.job.cancel()
+        del self._slots[slot.number]
+        self._drop(slot.number, "stale")
 
     def _drop(self, number: int, why: str) -> None:
         self._counts[f"groups_dropped_{why}"] += 1

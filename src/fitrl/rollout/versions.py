@@ -28,6 +28,10 @@ class Versions:
         """Versions, oldest first."""
         return list(self._seen)
 
+    def gives_up(self, version: int) -> bool:
+        """Whether this version is an earlier one than was seen: those after it were given up."""
+        return bool(self._seen) and version < self._seen[-1]
+
     def see(self, version: int) -> bool:
         """Note the version at the begin of a step; returns whether it is another one than before."""
         changed = not self._seen or self._seen[-1] != version
