@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import fitrl
 from fake_sampler import WAIT_S, FakeSampler
 from fitrl.demo import TASKS, correct
-from fitrl.errors import DataError, GroupError, InvalidArgumentError, SessionError
+from fitrl.errors import DataError, GroupError, InvalidArgumentError, NonFiniteGradientError, SessionError
 from fitrl.rollout.versions import group_versions
 
 NUMBERED = [f"{number}" for number in range(1000)]
@@ -450,6 +450,18 @@ def test_ctrl_c_while_it_waits_ends_it_cleanly() -> None:
     assert sampler.under_way == 0
     with pytest.raises(SessionError, match="closed"):
         next(pipeline)
+
+
+def test_weights_that_were_given_up_leave_the_step_of_the_checkpoint(tmp_path) -> None:
+    model = fitrl.TrainableModel("given-up", "p", "tiny", lora=None, root=tmp_path)
+    with fitrl.LocalTrainer(accelerator="cpu", devices=1, enable_model_summary=False) as trainer:
+        groups = fitrl.rollout(trainer.sampler(model), TASKS[:6], reward=Rising(), max_new_tokens=3, seed=1)
+        assert trainer.fit_rl(model, groups).step == 1
+        with torch.no_grad():
+            next(trainer.lightning_module.parameters()).fill_(torch.nan)
+        with pytest.raises(NonFiniteGradientError):
+            trainer.fit_rl(model, groups)
+        assert model.step == 1  # by which the next batch is noted
 
 
 def test_what_the_run_folder_cannot_hold_is_an_error(tmp_path) -> None:

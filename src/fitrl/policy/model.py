@@ -79,7 +79,7 @@ class TrainableModel(OlderCalls):
         self.loggers = tuple(loggers)
         self.trajectory_format = files.check_format(trajectory_format)
         self.told = Told()
-        self.step = max((step for step, _ in list_checkpoints(self.checkpoints_dir)), default=0)
+        self.step = self.saved_step
 
     def __repr__(self) -> str:
         lora = "None" if self.lora is None else f"LoraSettings(rank={self.lora.rank})"
@@ -102,6 +102,11 @@ class TrainableModel(OlderCalls):
     def checkpoints_dir(self) -> Path:
         """Folder of the run's checkpoints."""
         return self.run_dir / "checkpoints"
+
+    @property
+    def saved_step(self) -> int:
+        """Step of the newest checkpoint, where the run is resumed; 0 without one."""
+        return max((step for step, _ in list_checkpoints(self.checkpoints_dir)), default=0)
 
     def checkpoints(self) -> list[Path]:
         """Whole checkpoints, oldest step first."""

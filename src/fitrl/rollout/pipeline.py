@@ -41,7 +41,7 @@ class RolloutPipeline:
     Args:
         sampler: what answers, with weights of its own: `trainer.sampler(model, own_weights=True)`, or vLLM's.
         tasks: to attempt, again and again, each time in another order; see `rollout` for what a task is.
-        reward: see `rollout`.
+        reward: see `rollout`. All attempts share one event loop: what computes long belongs in `asyncio.to_thread`.
         group_size: attempts per task.
         groups_per_step: groups in a batch.
         max_steps_off_policy: how many steps the oldest token of a group may be behind the policy that is trained on

@@ -148,8 +148,8 @@ class RLTrainer(SessionTrainer):
             except (NonFiniteGradientError, RankLostError):
                 self._release()  # nothing of this may be saved; the next call resumes the newest checkpoint
                 raise
-            finally:  # also after an exception: the steps before it were taken
-                session.model.step = self.global_step
+            finally:  # also after an exception: the steps before it were taken, but for those that were given up
+                session.model.step = self.global_step if self._session is session else session.model.saved_step
                 self._publish()
         module.reward_history = history
         if settings.plot_tensors:
