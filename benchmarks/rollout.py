@@ -4,8 +4,9 @@ Before anything is timed, the sampler's token ids have to be the bare engine's, 
 
 * tokens/s: the same prompts by `VLLMSampler.sample`, and to the engine itself (its HTTP API; `LLM.generate` in this
   process), by turns. A server is reached by its URL, and as one that we started and watch over.
-* exchange: what `fit_rl` waits for after a step, from the trainer's weights to the proof that they answer. The limit is
-  to write as many bytes to a file of the same folder, and to read them.
+* exchange: what `fit_rl` waits for after a step, from the trainer's weights to the proof that they answer. The proof is
+  two forwards of 64 tokens; the rest is the transfer. Its limit is to write as many bytes to a file of the same folder,
+  and to read them.
 
 It runs where vLLM is installed, or with `--python` of such an environment, then without the engine in this process. The
 default model has random weights; whether it is computed on a GPU is the engine's choice.
@@ -48,6 +49,7 @@ ARGUMENTS = "--gpu-memory-utilization 0.5" if ON_GPU else "--enforce-eager --dty
 PRECISION = "bf16-mixed" if ON_GPU else "32-true"
 TOLERANCE = 0.05 if ON_GPU else 1e-3
 ENVIRONMENT = {} if ON_GPU else {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+PARTS = ("transfer_s", "load_s", "proof_s", "total_s")
 
 Ids = list[tuple[int, ...]]
 Ask = Callable[[Sequence[int], int, int, float, int | None], Awaitable[Ids]]
@@ -179,19 +181,21 @@ class TimedSampler(VLLMSampler):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.exchanges: list[dict[str, float]] = []
-        for name in ("load_weights", "load_adapter"):
-            setattr(self.engine, name, self._timed(getattr(self.engine, name)))
+        for name, part in (("load_weights", "load_s"), ("load_adapter", "load_s"), ("score", "engine_score_s")):
+            setattr(self.engine, name, self._timed(getattr(self.engine, name), part))
 
-    def _timed(self, load: Callable[[Path], Awaitable[None]]) -> Callable[[Path], Awaitable[None]]:
-        async def timed(folder: Path) -> None:
+    def _timed(self, ask: Callable[..., Awaitable[Any]], part: str) -> Callable[..., Awaitable[Any]]:
+        async def timed(*arguments: Any, **options: Any) -> Any:
             start = time.perf_counter()
-            await load(folder)
-            self.exchanges[-1]["engine_s"] = time.perf_counter() - start
+            answer = await ask(*arguments, **options)
+            if self.exchanges:  # else it is the sampler's own question, before any exchange
+                self.exchanges[-1][part] = time.perf_counter() - start
+            return answer
 
         return timed
 
     def update_proven(self, weights: Iterable[tuple[str, Tensor]], version: int, score: Any) -> None:
-        """Time the exchange, the engine's part of it, and the trainer's part of the proof."""
+        """Time the exchange, and its parts."""
         held: dict[str, float] = {"bytes": 0.0}
         self.exchanges.append(held)
 
@@ -204,12 +208,14 @@ class TimedSampler(VLLMSampler):
             start = time.perf_counter()
             said: Tensor = score(token_ids)
             said = said.cpu()
-            held["score_s"] = time.perf_counter() - start
+            held["trainer_score_s"] = time.perf_counter() - start
             return said
 
         start = time.perf_counter()
         super().update_proven(counted(), version, timed_score)
         held["total_s"] = time.perf_counter() - start
+        held["proof_s"] = held["trainer_score_s"] + held["engine_score_s"]
+        held["transfer_s"] = held["total_s"] - held["proof_s"]
 
 
 def copy_s(size: int, folder: Path, runs: int) -> float:
@@ -248,9 +254,9 @@ def exchanges(sampler: TimedSampler, runs: int, folder: Path) -> dict[str, Any]:
             assert sampler.version == step + 1
     counted = sampler.exchanges[2:]  # the first is that of opening, the second after the first step
     size = int(counted[0]["bytes"])
-    found = {name: statistics.median(held[name] for held in counted) for name in ("total_s", "engine_s", "score_s")}
+    found = {name: statistics.median(held[name] for held in counted) for name in PARTS}
     limit = copy_s(size, folder, runs)
-    return {"bytes": size, **found, "copy_s": limit, "ratio": found["total_s"] / limit, "exchanges": counted}
+    return {"bytes": size, **found, "copy_s": limit, "ratio": found["transfer_s"] / limit, "exchanges": counted}
 
 
 def _odd(task: str, trajectory: fitrl.Trajectory) -> float:
@@ -375,11 +381,11 @@ def table(benchmark: Benchmark) -> str:
         )
     lines += [
         "",
-        "| exchange | MB | whole, ms | engine's part, ms | trainer's proof, ms | copy limit, ms | of the limit |",
-        "|---|---|---|---|---|---|---|",
+        "| exchange | MB | transfer, ms | of it loading, ms | proof, ms | whole, ms | copy, ms | transfer to copy |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in benchmark.weights.items():
-        times = " | ".join(f"{1e3 * row[part]:,.1f}" for part in ("total_s", "engine_s", "score_s", "copy_s"))
+        times = " | ".join(f"{1e3 * row[part]:,.1f}" for part in (*PARTS, "copy_s"))
         lines.append(f"| {name} | {row['bytes'] / 1e6:,.1f} | {times} | {row['ratio']:.2f} |")
     lines += [
         "",
