@@ -207,17 +207,16 @@ def test_an_engine_in_this_process(untied, tmp_path, own_environment) -> None:
             fitrl.LocalTrainer(**CPU, sampler=sampler) as trainer,
         ):
             learn(trainer, model, 3, 3e-3)
-            engine, stays = sampler.engine, sampler.sample(PROMPT, n=4, max_new_tokens=32, seed=1)
 
-            async def one_is_given_up() -> list[fitrl.Completion]:
+            async def while_another_is_given_up() -> list[fitrl.Completion]:
                 long = asyncio.create_task(sampler.sample(PROMPT, n=4, max_new_tokens=200))
-                kept = asyncio.create_task(stays)
-                while not engine._under_way:
+                kept = asyncio.create_task(sampler.sample(PROMPT, n=4, max_new_tokens=32, seed=1))
+                while not sampler.engine._under_way:
                     await asyncio.sleep(0)
                 long.cancel()
                 return await kept
 
-            kept = asyncio.run(one_is_given_up())
+            kept = asyncio.run(while_another_is_given_up())
             assert kept == asyncio.run(sampler.sample(PROMPT, n=4, max_new_tokens=32, seed=1))
     finally:
         llm.llm_engine.engine_core.shutdown()
