@@ -92,12 +92,12 @@ def by_sampler(sampler: VLLMSampler) -> Ask:
     return ask
 
 
-def by_http(client: httpx.AsyncClient, model: str, *, plain: bool = False) -> Ask:
+def by_http(client: httpx.AsyncClient, *, plain: bool = False) -> Ask:
     """Ask the server itself for the same; `plain`: for text alone, without ids and logprobs."""
 
     async def ask(prompt: Sequence[int], n: int, tokens: int, temperature: float, seed: int | None) -> Ids:
         body: dict[str, Any] = {
-            "model": model,
+            "model": "base",
             "prompt": prompt,
             "n": n,
             "max_tokens": tokens,
@@ -295,14 +295,14 @@ class Benchmark:
             self.model(name, lora), engine, tolerance=self.options.tolerance, transfer_dir=self.transfer
         )
 
-    async def over_http(self, sampler: VLLMSampler, url: str, model: str) -> dict[str, Any]:
+    async def over_http(self, sampler: VLLMSampler, url: str) -> dict[str, Any]:
         """Sampler against server."""
         options = self.options
         settings = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=url, timeout=600.0, limits=settings, trust_env=False) as client:
-            mine, bare = by_sampler(sampler), by_http(client, model)
+            mine, bare = by_sampler(sampler), by_http(client)
             self.num_compared += await same_ids(self.prompts[:8], options.tokens, mine, bare)
-            asks = {"sampler": mine, "engine": bare, "plain": by_http(client, model, plain=True)}
+            asks = {"sampler": mine, "engine": bare, "plain": by_http(client, plain=True)}
             ways = {name: functools.partial(each, *self.work, ask) for name, ask in asks.items()}
             found = await rates(ways, options.runs)
         return compared(found["sampler"], found["engine"], plain_per_s=statistics.median(found["plain"]))
@@ -323,14 +323,12 @@ class Benchmark:
         runs = self.options.runs
         with self.server(None) as server:
             with self.sampler("by-url", server.url) as sampler:
-                self.throughput["a server by its URL"] = asyncio.run(self.over_http(sampler, server.url, "base"))
+                self.throughput["a server by its URL"] = asyncio.run(self.over_http(sampler, server.url))
             with self.sampler("supervised", server) as sampler:
-                self.throughput["a server of ours"] = asyncio.run(self.over_http(sampler, server.url, "base"))
+                self.throughput["a server of ours"] = asyncio.run(self.over_http(sampler, server.url))
                 self.weights["all weights, by folder"] = exchanges(sampler, runs, self.transfer)
         with self.server(LORA) as server, self.sampler("adapted", server, LORA) as sampler:
             self.weights[f"LoRA, rank {LORA.rank}"] = exchanges(sampler, runs, self.transfer)
-            said = asyncio.run(self.over_http(sampler, server.url, "policy"))
-            self.throughput["a server of ours, with an adapter"] = said
         if self.options.in_process:
             self.in_this_process()
 
