@@ -29,6 +29,7 @@ class Engine:
         self.together: list[int] = []
         self.aborted: list[str] = []
         self.raises: Exception | None = None
+        self.renderer = SimpleNamespace(render_cmpl=list)
         self.holds = threading.Event()
         self.holds.set()
 

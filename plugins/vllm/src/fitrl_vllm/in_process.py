@@ -159,7 +159,8 @@ class InProcessEngine:
         for name, asked in arrived.items():
             if name not in gone:
                 try:
-                    engine.add_request(name, asked.prompt, asked.params, lora_request=asked.adapter)
+                    [prompt] = engine.renderer.render_cmpl([asked.prompt])
+                    engine.add_request(name, prompt, asked.params, lora_request=asked.adapter)
                 except ValueError as error:
                     outputs[name] = error
         if running := [name for name in gone if name not in arrived]:
