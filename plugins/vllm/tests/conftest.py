@@ -13,6 +13,7 @@ import fitrl
 from isolation import nothing_left_behind, one_thread  # of the core's tests, whose folder is on the path
 
 sys.path.insert(0, str(Path(__file__).parent))
+from vllm_cases import teach_calling
 from vllm_stand_in import StandIn
 
 __all__ = ["nothing_left_behind", "one_thread"]
@@ -52,6 +53,14 @@ def tied(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def untied(tmp_path_factory) -> Path:
     return small_policy(tmp_path_factory.mktemp("untied"), tied=False)
+
+
+@pytest.fixture(scope="session")
+def calling(tmp_path_factory) -> Path:
+    """A policy that has learned to call a tool."""
+    folder = small_policy(tmp_path_factory.mktemp("calling"), tied=False)
+    teach_calling(folder)
+    return folder
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pathlib import Path
 import openai
 import psutil
 import pytest
-from vllm_cases import CPU, by_transformers
+from vllm_cases import CPU, by_transformers, check_tool_use, use_tool
 
 import fitrl
 from fitrl_vllm import EngineError, InProcessEngine, Recorder, VLLMSampler, VLLMServer
@@ -28,8 +28,9 @@ ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
 
 
 @contextmanager
-def serving(folder: Path, log: Path, lora: fitrl.LoraSettings | None = None) -> Iterator[VLLMServer]:
-    server = VLLMServer(folder, lora=lora, python=sys.executable, arguments=SMALL, environment=ENVIRONMENT, log=log)
+def serving(folder: Path, log: Path, lora: fitrl.LoraSettings | None = None, *further: str) -> Iterator[VLLMServer]:
+    arguments = [*SMALL, *further]
+    server = VLLMServer(folder, lora=lora, python=sys.executable, arguments=arguments, environment=ENVIRONMENT, log=log)
     with server:
         yield server
 
@@ -107,6 +108,20 @@ def test_an_openai_agent_is_recorded(untied, lora_server, tmp_path) -> None:
     for item in trajectory.completions():
         expected = by_transformers(untied, item.prompt_ids, list(item.token_ids))
         assert item.logprobs == pytest.approx(expected, abs=1e-4)
+
+
+def test_tool_calls_are_parsed_by_vllm_and_kept_as_they_were_sampled(calling, tmp_path) -> None:
+    parser = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
+    model = model_of(calling, tmp_path)
+    with (
+        serving(calling, tmp_path / "log", None, *parser) as server,
+        VLLMSampler(model, server, tolerance=1e-4) as sampler,
+        Recorder(sampler) as recorder,
+    ):
+        for stream in (False, True):
+            recording = recorder.record()
+            messages = asyncio.run(use_tool(recording.base_url, stream=stream))
+            check_tool_use(messages, recording.trajectory(), sampler.tokenizer, calling)
 
 
 def test_full_weights_with_tied_embeddings(tied, tied_server, tmp_path) -> None:
@@ -192,5 +207,16 @@ def test_an_engine_in_this_process(untied, tmp_path, own_environment) -> None:
             fitrl.LocalTrainer(**CPU, sampler=sampler) as trainer,
         ):
             learn(trainer, model, 3, 3e-3)
+
+            async def while_another_is_given_up() -> list[fitrl.Completion]:
+                long = asyncio.create_task(sampler.sample(PROMPT, n=4, max_new_tokens=200))
+                kept = asyncio.create_task(sampler.sample(PROMPT, n=4, max_new_tokens=32, seed=1))
+                while not sampler.engine._under_way:
+                    await asyncio.sleep(0)
+                long.cancel()
+                return await kept
+
+            kept = asyncio.run(while_another_is_given_up())
+            assert kept == asyncio.run(sampler.sample(PROMPT, n=4, max_new_tokens=32, seed=1))
     finally:
         llm.llm_engine.engine_core.shutdown()

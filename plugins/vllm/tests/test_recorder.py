@@ -7,7 +7,8 @@ import asyncio
 import httpx
 import openai
 import pytest
-from vllm_cases import CPU, by_transformers
+from vllm_cases import CPU, by_transformers, check_tool_use, use_tool
+from vllm_stand_in import StandIn
 
 import fitrl
 from fitrl.data.tokens import tokenize
@@ -106,13 +107,65 @@ def test_agents_are_trained_on_what_they_said(sampler) -> None:
     assert result.step == 1 and abs(result.metrics["mismatch/kl"]) < 1e-6
 
 
-def test_strangers_and_streams_are_refused(sampler) -> None:
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_tool_calls_are_kept_as_they_were_sampled(stream, calling, tmp_path) -> None:
+    model = fitrl.TrainableModel("calling", "tests", str(calling), lora=None, root=tmp_path)
+    with (
+        StandIn(calling) as server,
+        VLLMSampler(model, server.url, tolerance=1e-4, timeout_s=20) as sampler,
+        Recorder(sampler) as recorder,
+    ):
+        recording = recorder.record()
+        messages = asyncio.run(use_tool(recording.base_url, stream=stream))
+        trajectory = recording.trajectory()
+    check_tool_use(messages, trajectory, sampler.tokenizer, calling)
+
+
+def test_a_stream_ends_with_how_it_ended_and_what_it_cost(sampler, untied) -> None:
+    async def attempt(**further):
+        async with openai.AsyncOpenAI(base_url=recording.base_url, api_key="-", max_retries=0) as client:
+            messages = [{"role": "user", "content": "hello"}]
+            stream = await client.chat.completions.create(
+                model="m", messages=messages, max_tokens=5, seed=3, stream=True, **further
+            )
+            return [event async for event in stream]
+
+    with Recorder(sampler) as recorder:
+        recording = recorder.record()
+        first, last = asyncio.run(attempt())
+        *_, usage = asyncio.run(attempt(stream_options={"include_usage": True}))
+        [item, again] = recording.trajectory().completions()
+    assert first.choices[0].delta.content == item.message["content"] and first.choices[0].finish_reason is None
+    assert last.choices[0].finish_reason == "stop" and not usage.choices
+    assert usage.usage.completion_tokens == len(item.token_ids) and usage.usage.prompt_tokens == len(item.prompt_ids)
+    assert again.token_ids == item.token_ids
+    assert item.logprobs == pytest.approx(by_transformers(untied, item.prompt_ids, list(item.token_ids)), abs=1e-6)
+
+
+def test_an_engine_that_fails_is_an_error_of_the_stream_too(sampler, server) -> None:
+    server.tells_raw_logprobs = True
+
+    async def attempt() -> None:
+        async with openai.AsyncOpenAI(base_url=recording.base_url, api_key="-", max_retries=0) as client:
+            messages = [{"role": "user", "content": "hello"}]
+            await client.chat.completions.create(model="m", messages=messages, temperature=0.5, stream=True)
+
+    with Recorder(sampler) as recorder:
+        recording = recorder.record()
+        with pytest.raises(openai.APIStatusError, match="processed_logprobs"):
+            asyncio.run(attempt())
+        assert len(recording) == 0
+
+
+def test_strangers_and_bodies_that_are_wrong_are_refused(sampler) -> None:
     with Recorder(sampler) as recorder:
         recording = recorder.record()
         address = recording.base_url + "/chat/completions"
         messages = {"messages": [{"role": "user", "content": "x"}]}
         with httpx.Client(trust_env=False) as client:
-            assert client.post(address, json=messages | {"stream": True}).status_code == 400
+            refused = client.post(address, json=messages | {"stream_options": {"include_usage": True}})
+            assert refused.status_code == 400 and "stream" in refused.text
+            assert client.post(address, json=messages | {"stream": True, "stream_options": 1}).status_code == 400
             assert client.post(address, json={}).status_code == 400
             assert client.post(address, content=b"{").status_code == 400
             assert len(recording) == 0

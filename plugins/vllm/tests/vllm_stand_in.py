@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 import socket
 import threading
 from pathlib import Path
@@ -166,11 +168,19 @@ class StandIn:
 
     async def _chat(self, body: dict[str, Any]) -> JSONResponse:
         ids = self.tokenizer.apply_chat_template(
-            body["messages"], tools=body.get("tools"), add_generation_prompt=True, return_dict=False
+            [_with_objects(message) for message in body["messages"]],
+            tools=body.get("tools"),
+            add_generation_prompt=True,
+            return_dict=False,
         )
         said, logprobs = self._sample(body, list(ids), body.get("seed"), body.get("max_tokens", 8))
         text = self.tokenizer.decode(said, skip_special_tokens=True)
         content = [{"token": f"token_id:{token}", "logprob": p} for token, p in zip(said, logprobs, strict=True)]
+        message, reason = {"role": "assistant", "content": text, "tool_calls": [], "refusal": None}, "stop"
+        calls = [json.loads(call) for call in _CALL.findall(text)]
+        if calls:
+            reason = "tool_calls"
+            message |= {"content": None, "tool_calls": [_call(number, call) for number, call in enumerate(calls)]}
         return JSONResponse(
             {
                 "id": "chat",
@@ -178,17 +188,39 @@ class StandIn:
                 "created": 0,
                 "model": body["model"],
                 "prompt_token_ids": list(ids),
+                "usage": {
+                    "prompt_tokens": len(ids),
+                    "completion_tokens": len(said),
+                    "total_tokens": len(ids) + len(said),
+                },
                 "choices": [
                     {
                         "index": 0,
-                        "message": {"role": "assistant", "content": text, "tool_calls": [], "refusal": None},
-                        "finish_reason": "stop",
+                        "message": message,
+                        "finish_reason": reason,
                         "token_ids": said,
                         "logprobs": {"content": content},
                     }
                 ],
             }
         )
+
+
+_CALL = re.compile("<tool_call>(.*?)</tool_call>")
+
+
+def _call(number: int, call: dict[str, Any]) -> dict[str, Any]:
+    function = {"name": call["name"], "arguments": json.dumps(call["arguments"])}
+    return {"id": f"call-{number}", "type": "function", "function": function}
+
+
+def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
+    """A message as vLLM hands it to chat templates: arguments of calls are objects."""
+    calls = [
+        call | {"function": call["function"] | {"arguments": json.loads(call["function"]["arguments"])}}
+        for call in message.get("tool_calls") or []
+    ]
+    return message | ({"tool_calls": calls} if calls else {})
 
 
 async def _cut_off() -> Any:

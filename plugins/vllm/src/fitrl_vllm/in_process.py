@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,20 @@ from fitrl_vllm.engine import ADAPTER, Answer, Request
 from fitrl_vllm.errors import EngineError
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A request, and who waits for the answer."""
+
+    prompt: dict[str, list[int]]
+    params: Any
+    adapter: Any
+    answer: asyncio.Future[Any]
+
+
 class InProcessEngine:
-    """Ask a `vllm.LLM`; requests that arrive while it works are its next batch.
+    """Ask a `vllm.LLM`; requests that arrive while it works join the ones under way.
+
+    Nobody else may generate with it meanwhile: it has one queue of answers.
 
     Args:
         llm: made with `logprobs_mode="processed_logprobs"`, and `enable_lora=True` for adapters.
@@ -21,42 +36,55 @@ class InProcessEngine:
 
     def __init__(self, llm: Any) -> None:
         self._llm = llm
-        self._waiting: list[tuple[Request, bool, asyncio.Future[list[Answer]]]] = []
+        self._numbers = itertools.count()
+        self._arrived: dict[str, _Asked] = {}
+        self._under_way: dict[str, _Asked] = {}
+        self._working: asyncio.Task[None] | None = None
         self._turn = asyncio.Lock()
         self._adapter: Any = None
         self._num_adapters = 0
 
     async def complete(self, request: Request, *, adapter: bool) -> list[Answer]:
-        """Sample with the next batch."""
-        context = int(self._llm.model_config.max_model_len)
-        if len(request.prompt_ids) >= context:
-            raise InvalidArgumentError(
-                f"the prompt has {len(request.prompt_ids)} tokens, the engine's context is {context}; shorten it"
+        """Sample n completions."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        context, size = int(self._llm.model_config.max_model_len), len(request.prompt_ids)
+        if size >= context:
+            raise InvalidArgumentError(f"the prompt has {size} tokens, the engine's context is {context}; shorten it")
+        params = SamplingParams(
+            n=request.n,
+            max_tokens=min(request.max_new_tokens, context - size),
+            temperature=request.temperature,
+            top_p=request.top_p,
+            top_k=0 if request.top_k is None else request.top_k,
+            stop=list(request.stop),
+            seed=request.seed,
+            logprobs=0,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        output = await self._ask(request.prompt_ids, params, adapter)
+        return [
+            Answer(
+                token_ids=tuple(out.token_ids),
+                logprobs=tuple(
+                    float(by_id[token].logprob) for token, by_id in zip(out.token_ids, out.logprobs, strict=True)
+                ),
+                text=out.text,
+                finish_reason=str(out.finish_reason),
             )
-        future: asyncio.Future[list[Answer]] = asyncio.get_running_loop().create_future()
-        self._waiting.append((request, adapter, future))
-        async with self._turn:
-            batch, self._waiting = [item for item in self._waiting if not item[2].cancelled()], []
-            if batch:  # else it was served with the one before
-                try:
-                    answers = await asyncio.to_thread(self._generate, [item[:2] for item in batch])
-                except Exception as error:
-                    for _, _, waiting in batch:
-                        if not waiting.done():
-                            waiting.set_exception(EngineError(f"vLLM: {type(error).__name__}: {error}"))
-                else:
-                    for (_, _, waiting), answer in zip(batch, answers, strict=True):
-                        if not waiting.done():
-                            waiting.set_result(answer)
-        return await future
+            for out in sorted(output.outputs, key=lambda out: int(out.index))
+        ]
 
     async def score(self, token_ids: Sequence[int], *, adapter: bool) -> list[float]:
         """Logprobs of a prompt."""
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
-        params = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0)
-        async with self._turn:
-            [output] = await asyncio.to_thread(self._ask, [list(token_ids)], [params], [adapter])
+        params = SamplingParams(
+            max_tokens=1, temperature=1.0, prompt_logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY
+        )
+        output = await self._ask(token_ids, params, adapter)
         found = zip(token_ids[1:], output.prompt_logprobs[1:], strict=True)
         return [float(by_id[token].logprob) for token, by_id in found]
 
@@ -91,46 +119,63 @@ class InProcessEngine:
     async def aclose(self) -> None:
         """The engine is the user's."""
 
-    def _generate(self, requests: Sequence[tuple[Request, bool]]) -> list[list[Answer]]:
-        from vllm import SamplingParams
+    async def _ask(self, token_ids: Sequence[int], params: Any, adapter: bool) -> Any:
+        """Hand a request to whoever works, and wait for all of its answer.
 
-        context = int(self._llm.model_config.max_model_len)
-        params = [
-            SamplingParams(
-                n=request.n,
-                max_tokens=min(request.max_new_tokens, context - len(request.prompt_ids)),
-                temperature=request.temperature,
-                top_p=request.top_p,
-                top_k=0 if request.top_k is None else request.top_k,
-                stop=list(request.stop),
-                seed=request.seed,
-                logprobs=0,
-            )
-            for request, _ in requests
-        ]
-        prompts = [list(request.prompt_ids) for request, _ in requests]
-        outputs = self._ask(prompts, params, [adapter for _, adapter in requests])
-        return [
-            [
-                Answer(
-                    token_ids=tuple(out.token_ids),
-                    logprobs=tuple(
-                        float(by_id[token].logprob) for token, by_id in zip(out.token_ids, out.logprobs, strict=True)
-                    ),
-                    text=out.text,
-                    finish_reason=str(out.finish_reason),
-                )
-                for out in sorted(output.outputs, key=lambda out: int(out.index))
-            ]
-            for output in outputs
-        ]
+        Raises:
+            EngineError: vLLM raised.
+        """
+        answer = asyncio.get_running_loop().create_future()
+        asked = _Asked({"prompt_token_ids": list(token_ids)}, params, self._adapter if adapter else None, answer)
+        self._arrived[f"fitrl-{next(self._numbers)}"] = asked
+        if self._working is None or self._working.done():
+            self._working = asyncio.create_task(self._work())  # not of this request, which may be cancelled
+        return await answer
 
-    def _ask(self, prompts: list[list[int]], params: list[Any], adapters: list[bool]) -> list[Any]:
-        loras = [self._adapter if adapter else None for adapter in adapters]
-        outputs: list[Any] = self._llm.generate(
-            [{"prompt_token_ids": ids} for ids in prompts],
-            params,
-            lora_request=loras if any(lora is not None for lora in loras) else None,
-            use_tqdm=False,
-        )
-        return outputs
+    async def _work(self) -> None:
+        """Step until everything is answered."""
+        async with self._turn:
+            while self._arrived or self._under_way:
+                arrived, self._arrived = self._arrived, {}
+                self._under_way |= arrived
+                gone = [name for name, asked in self._under_way.items() if asked.answer.cancelled()]
+                try:
+                    outputs = await asyncio.to_thread(self._step, arrived, gone)
+                except Exception as error:
+                    failed, self._under_way = self._under_way, {}
+                    for asked in failed.values():
+                        _settle(asked, error)
+                    with contextlib.suppress(Exception):  # it may be dead
+                        self._llm.llm_engine.abort_request(list(failed))
+                    continue
+                for name in gone:
+                    del self._under_way[name]
+                for name, output in outputs.items():
+                    _settle(self._under_way.pop(name), output)
+
+    def _step(self, arrived: dict[str, _Asked], gone: list[str]) -> dict[str, Any]:
+        """One step of the engine: answers that are whole, or why a request was refused."""
+        engine, outputs = self._llm.llm_engine, {}
+        for name, asked in arrived.items():
+            if name not in gone:
+                try:
+                    [prompt] = engine.renderer.render_cmpl([asked.prompt])
+                    engine.add_request(name, prompt, asked.params, lora_request=asked.adapter)
+                except ValueError as error:
+                    outputs[name] = error
+        if running := [name for name in gone if name not in arrived]:
+            engine.abort_request(running)
+        if engine.has_unfinished_requests():
+            outputs |= {output.request_id: output for output in engine.step() if output.finished}
+        return {name: output for name, output in outputs.items() if name not in gone}
+
+
+def _settle(asked: _Asked, outcome: Any) -> None:
+    if asked.answer.done():  # cancelled
+        return
+    if isinstance(outcome, Exception):
+        error = EngineError(f"vLLM: {type(outcome).__name__}: {outcome}")
+        error.__cause__ = outcome
+        asked.answer.set_exception(error)
+    else:
+        asked.answer.set_result(outcome)

@@ -1,7 +1,8 @@
 """`Recorder`: an OpenAI-compatible address for agents that exist already; what they ask becomes trajectories.
 
 An agent is given a base URL of its own, and nothing else. Each chat completion that it asks for goes to the engine as
-it is, with token ids and logprobs asked for beside; each is kept with the messages before it.
+it is, with token ids and logprobs asked for beside; each is kept with the messages before it. A client that asks for a
+stream gets one, once the completion is whole: an engine that dies on it is asked again, which half a stream forbids.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from typing import Any, Self
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from fitrl import Completion, History, Trajectory
 from fitrl.errors import DataError, FitRLError, InvalidArgumentError, SamplerError
 from fitrl_vllm.http import ServerEngine
 from fitrl_vllm.sampler import VLLMSampler
+from fitrl_vllm.streaming import events
 
 # what an agent leaves out: engines take some of it from the model's folder else
 _PLAIN: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -154,7 +156,7 @@ class Recorder:
         self._socket.close()
         self._socket = None
 
-    async def _chat(self, request: Request) -> JSONResponse:
+    async def _chat(self, request: Request) -> Response:
         recording = self._recordings.get(request.path_params["key"])
         if recording is None:
             return _refusal(404, "no such recording: its attempt is over")
@@ -164,8 +166,9 @@ class Recorder:
             return _refusal(400, "the body is no JSON")
         if not isinstance(asked, dict) or not isinstance(asked.get("messages"), list):
             return _refusal(400, "messages is missing")
-        if asked.get("stream"):
-            return _refusal(400, "stream=True is not recorded: ask for the whole completion")
+        streams, how = asked.pop("stream", None), asked.pop("stream_options", None) or {}
+        if not isinstance(how, dict) or (how and not streams):
+            return _refusal(400, "stream_options is a stream's, and an object")
         try:
             async with self._sampler.turn() as version:
                 if any(asked.get(name) not in (None, plain) for name, plain in _PLAIN.items()):
@@ -175,11 +178,14 @@ class Recorder:
             return _refusal(502, str(error))
         for choice in answer["choices"]:
             recording.add(asked, answer["prompt_token_ids"], choice, version)
+        if streams:
+            with_usage = bool(how.get("include_usage"))
+            return StreamingResponse(events(answer, with_usage=with_usage), media_type="text/event-stream")
         return JSONResponse(answer)
 
     async def _forward(self, asked: dict[str, Any]) -> Any:
         body = _PLAIN | {name: value for name, value in asked.items() if value is not None}
-        body |= {"logprobs": True, "return_token_ids": True, "stream": False}
+        body |= {"logprobs": True, "return_token_ids": True}
         body["model"] = await self._engine.model(self._sampler.has_adapter)
         return await self._engine.post("/v1/chat/completions", body)
 

@@ -1,0 +1,161 @@
+"""How requests share an engine in this process, against a stand-in for `vllm.LLM`; `test_real` has the real one."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fitrl.errors import InvalidArgumentError
+from fitrl_vllm import EngineError, InProcessEngine
+from fitrl_vllm.engine import Answer, Request
+
+
+class Engine:
+    """Says one token of each request in a step: its prompt's first id.
+
+    Attributes:
+        together: how many requests each step had.
+        raises: what the next step raises.
+        holds: steps wait while it is cleared.
+    """
+
+    def __init__(self) -> None:
+        self.running: dict[str, Any] = {}
+        self.together: list[int] = []
+        self.aborted: list[str] = []
+        self.raises: Exception | None = None
+        self.renderer = SimpleNamespace(render_cmpl=list)
+        self.holds = threading.Event()
+        self.holds.set()
+
+    def add_request(self, name: str, prompt: Any, params: Any, lora_request: Any) -> None:
+        if params.temperature == 99.0:
+            raise ValueError("such a temperature is refused")
+        self.running[name] = SimpleNamespace(prompt=prompt["prompt_token_ids"], params=params, said=[])
+
+    def abort_request(self, names: list[str]) -> None:
+        self.aborted += names
+        for name in names:
+            self.running.pop(name, None)
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.running)
+
+    def step(self) -> list[Any]:
+        self.holds.wait()
+        self.together.append(len(self.running))
+        if self.raises is not None:
+            error, self.raises = self.raises, None
+            raise error
+        outputs = []
+        for name, one in list(self.running.items()):
+            one.said.append(one.prompt[0])
+            finished = len(one.said) == one.params.max_tokens
+            found = [{token: SimpleNamespace(logprob=-0.5)} for token in one.said]
+            choices = [
+                SimpleNamespace(index=n, token_ids=one.said, logprobs=found, text="", finish_reason="length")
+                for n in reversed(range(one.params.n))
+            ]
+            outputs.append(SimpleNamespace(request_id=name, finished=finished, outputs=choices))
+            if finished:
+                del self.running[name]
+        return outputs
+
+
+@pytest.fixture
+def engine(monkeypatch) -> Engine:
+    vllm, params = ModuleType("vllm"), ModuleType("vllm.sampling_params")
+    vllm.SamplingParams = SimpleNamespace
+    params.RequestOutputKind = SimpleNamespace(FINAL_ONLY="final")
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setitem(sys.modules, "vllm.sampling_params", params)
+    return Engine()
+
+
+@pytest.fixture
+def inside(engine) -> InProcessEngine:
+    return InProcessEngine(SimpleNamespace(llm_engine=engine, model_config=SimpleNamespace(max_model_len=16)))
+
+
+def asked(first: int, *, tokens: int = 3, n: int = 1, temperature: float = 1.0) -> Request:
+    return Request(
+        prompt_ids=(first, 0),
+        n=n,
+        max_new_tokens=tokens,
+        temperature=temperature,
+        top_p=1.0,
+        top_k=None,
+        stop=(),
+        seed=None,
+    )
+
+
+def test_requests_join_those_under_way(inside, engine) -> None:
+    async def both() -> list[list[Answer]]:
+        engine.holds.clear()
+        first = asyncio.create_task(inside.complete(asked(1), adapter=False))
+        while not engine.running:
+            await asyncio.sleep(0)
+        second = asyncio.create_task(inside.complete(asked(2, tokens=99, n=2), adapter=False))
+        await asyncio.sleep(0)
+        engine.holds.set()
+        return [await first, await second]
+
+    [one], two = asyncio.run(both())
+    assert one.token_ids == (1, 1, 1) and one.logprobs == (-0.5,) * 3 and one.finish_reason == "length"
+    assert [item.token_ids for item in two] == [(2,) * 14] * 2  # what the context has room for
+    assert engine.together[:2] == [1, 2]
+
+
+def test_a_request_that_is_given_up_is_taken_out(inside, engine) -> None:
+    async def one_stays() -> list[Answer]:
+        engine.holds.clear()
+        tasks = [asyncio.create_task(inside.complete(asked(first, tokens=9), adapter=False)) for first in (1, 2)]
+        while len(engine.running) < 2:
+            await asyncio.sleep(0)
+        tasks[0].cancel()
+        await asyncio.sleep(0)
+        engine.holds.set()
+        return await tasks[1]
+
+    [item] = asyncio.run(one_stays())
+    assert item.token_ids == (2,) * 9 and engine.aborted == ["fitrl-0"] and engine.together == [2] + [1] * 8
+
+
+def test_a_request_that_is_refused_fails_alone(inside) -> None:
+    async def three() -> list[Any]:
+        work = [
+            inside.complete(asked(1), adapter=False),
+            inside.complete(asked(2, temperature=99.0), adapter=False),
+            inside.complete(asked(3), adapter=False),
+        ]
+        return await asyncio.gather(*work, return_exceptions=True)
+
+    first, refused, last = asyncio.run(three())
+    assert first[0].token_ids == (1, 1, 1) and last[0].token_ids == (3, 3, 3)
+    assert isinstance(refused, EngineError) and "such a temperature is refused" in str(refused)
+
+
+def test_a_step_that_fails_fails_its_requests_and_not_later_ones(inside, engine) -> None:
+    async def two() -> list[Any]:
+        engine.raises = RuntimeError("out of memory")
+        work = [inside.complete(asked(first), adapter=False) for first in (1, 2)]
+        failed = await asyncio.gather(*work, return_exceptions=True)
+        return [*failed, await inside.complete(asked(3), adapter=False)]
+
+    *failed, [later] = asyncio.run(two())
+    assert all(isinstance(error, EngineError) and "out of memory" in str(error) for error in failed)
+    assert later.token_ids == (3, 3, 3) and sorted(engine.aborted) == ["fitrl-0", "fitrl-1"]
+
+
+def test_a_prompt_without_room_is_refused(inside) -> None:
+    request = Request(
+        prompt_ids=(1,) * 16, n=1, max_new_tokens=1, temperature=1.0, top_p=1.0, top_k=None, stop=(), seed=None
+    )
+    with pytest.raises(InvalidArgumentError, match="context is 16"):
+        asyncio.run(inside.complete(request, adapter=False))
