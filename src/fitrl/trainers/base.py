@@ -149,7 +149,7 @@ class RLTrainer(SessionTrainer):
                 self._release()  # nothing of this may be saved; the next call resumes the newest checkpoint
                 raise
             finally:  # also after an exception: the steps before it were taken, but for those that were given up
-                session.model.step = self.global_step if self._session is session else session.model.saved_step
+                session.model.step = self.global_step if self._session is session else self._resumes_at(session.model)
                 self._publish()
         module.reward_history = history
         if settings.plot_tensors:

@@ -83,6 +83,9 @@ class RemoteTrainer(RLTrainer):
     def _saved(self) -> str | None:
         return self.remote_verbs.newest() if self.global_step else None
 
+    def _resumes_at(self, model: TrainableModel) -> int:
+        return self.global_step  # the strategy went back to what the service had saved
+
     def _read(self, groups: Sequence[TrajectoryGroup], settings: UpdateSettings) -> SampleSet:
         samples = build_samples(
             groups,

@@ -312,6 +312,10 @@ class SessionTrainer(BackendTrainer):
         folder = self._require_session().model.checkpoints_dir / f"{self.global_step:04d}"
         return str(folder) if folder.is_dir() else None
 
+    def _resumes_at(self, model: TrainableModel) -> int:
+        """The step that a model whose weights were given up goes on from."""
+        return model.saved_step
+
     def _say_where_to_resume(self, checkpoint: str | None) -> None:
         if self.is_global_zero:
             where = f"saved {checkpoint}" if checkpoint is not None else "nothing was learned yet"
