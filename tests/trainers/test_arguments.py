@@ -382,6 +382,26 @@ def test_activation_checkpointing_computes_layers_twice_and_changes_nothing(tmp_
     assert counts[True][1] == pytest.approx(counts[False][1], rel=1e-5)
 
 
+def test_activation_checkpointing_holds_fewer_logits_at_once(tmp_path, monkeypatch) -> None:
+    rows = []
+    logits = LinearHead.logits
+    monkeypatch.setattr(
+        LinearHead, "logits", lambda head, tile: rows.append(tile.stop - tile.start) or logits(head, tile)
+    )
+    [batch] = pack(make_samples(seed=1, num_trajectories=500), layout="padded")
+    found = {}
+    for on in (False, True):
+        model = fitrl.TrainableModel("rows", "tests", "tiny", lora=None, root=tmp_path / str(on))
+        options = {"accelerator": "cpu", "devices": 1, "enable_model_summary": False}
+        with LocalTrainer(activation_checkpointing=on, **options) as trainer:
+            verbs = trainer.open(model)
+            loss = verbs.forward_backward(batch).loss
+            found[on] = [float(loss), verbs.optim_step().grad_norm]
+    trained = len(batch.loss_inputs.targets)
+    assert rows == [trained, 2048, trained - 2048]
+    assert found[True] == pytest.approx(found[False], rel=1e-4)
+
+
 def test_sampler_is_handed_the_new_weights(tmp_path) -> None:
     class Recorder:
         version = 0

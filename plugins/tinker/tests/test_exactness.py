@@ -48,7 +48,7 @@ def pairwise(values: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
     }
     calls = []
     while pairs:
-        chosen: dict[str, int] = dict(sorted(pairs, key=sorted)[0])
+        chosen: dict[str, int] = dict(min(map(sorted, pairs)))  # not in a set's order: each process has its own
         for name in names:
             if name not in chosen:
                 chosen[name] = max(
@@ -56,7 +56,7 @@ def pairwise(values: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
                     key=lambda i, name=name: sum(frozenset([(name, i), item]) in pairs for item in chosen.items()),
                 )
         pairs -= {frozenset(pair) for pair in itertools.combinations(chosen.items(), 2)}
-        calls.append({name: values[name][i] for name, i in chosen.items()})
+        calls.append({name: values[name][chosen[name]] for name in names})
     return calls
 
 

@@ -40,6 +40,8 @@ _KEEP_NO_RESULT = (
     *("AddmmBackward0", "MmBackward0", "UnsafeViewBackward0", "AddBackward0"),
     *("MulBackward0", "DivBackward0", "ToCopyBackward0"),
 )
+# rows of logits at a time where memory is to be spared: half of what is taken else at 151936 columns of float32
+_SPARED_ROWS = 2048
 
 
 class PolicyModule(lightning.LightningModule):
@@ -52,7 +54,8 @@ class PolicyModule(lightning.LightningModule):
         optimizer: the other settings of AdamW.
         lr_schedule: factor on the learning rate, by optimizer steps taken.
         compile: compile each decoder layer.
-        activation_checkpointing: keep only each decoder layer's input, and compute the rest again in backward.
+        activation_checkpointing: keep only each decoder layer's input, and compute the rest again in backward; the
+            head then holds half as many logits at a time.
     """
 
     def __init__(
@@ -170,6 +173,7 @@ class PolicyModule(lightning.LightningModule):
                 bias=bias,
                 temperature=targets.temperature,
                 softcap=policy.softcap,
+                rows_per_tile=_SPARED_ROWS if self.activation_checkpointing else None,
                 exact_logits=True,
                 leave_out=False,  # packing did that, and nothing here may wait for the device
                 shard=shard,
