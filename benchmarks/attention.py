@@ -8,8 +8,8 @@
    uneven histories, and one prompt with many completions. How often layers and FlexAttention are compiled for batches
    of 20 other shapes.
 
-    python benchmarks/attention.py [--output benchmarks/results]     the whole, on a GPU
-    python benchmarks/attention.py --tiny                            whether it runs, on a CPU
+    python benchmarks/attention.py [--only PART ...] [--output benchmarks/results]     the whole, on a GPU
+    python benchmarks/attention.py --tiny                                              whether it runs, on a CPU
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ def main() -> None:
     """Check, time, print a table, and write it down when asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="small sizes, not compiled: whether it runs")
+    parser.add_argument("--only", nargs="*", default=[], help="parts: accuracy, kernels, compilations, layers")
     parser.add_argument("--repeats", type=int, default=10, help="timed runs of each")
     parser.add_argument("--output", type=Path, help="folder for attention.md and .json")
     options = parser.parse_args()
@@ -73,35 +74,45 @@ def main() -> None:
     uneven = histories(16384 // scale, longest=2048 // scale)
     group = completions(prompt=2048 // scale, answers=16, length=256 // min(scale, 16))
     one = histories(16384 // scale, longest=16384 // scale)
-    report: dict[str, Any] = {
-        "accuracy": [row for name in ("qwen3", "gemma2") for row in check(name, device)],
-        "kernels": [
+    groups = {"uneven histories": uneven, "prompt and completions": group}
+    parts: dict[str, Callable[[], Any]] = {
+        "accuracy": lambda: [row for name in ("qwen3", "gemma2") for row in check(name, device)],
+        "kernels": lambda: [
             row
-            for case, samples in (("one history", one), ("uneven histories", uneven), ("prompt and completions", group))
+            for case, samples in ({"one history": one} | groups).items()
             for row in time_kernels(case, samples, sizes, device, options.repeats)
         ],
-        "layers": [
-            row
-            for case, samples in (("uneven histories", uneven), ("prompt and completions", group))
-            for row in time_layers(case, samples, sizes, device, options)
-        ],
-        "compilations": count_compilations(sizes, device, scale) if not options.tiny else {},
+        "compilations": lambda: count_compilations(sizes, device, scale) if not options.tiny else {},
+        "layers": lambda: time_layers(groups, sizes, device, options),
+    }
+    report: dict[str, Any] = {
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
         "versions": f"python {platform.python_version()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}",
         "commit": _commit(),
         "command": "python " + " ".join(sys.argv),
     }
-    text = "\n".join(
-        f"## {name}\n\n{_table(report[name])}" for name in ("accuracy", "kernels", "layers") if report[name]
+    for part, measure in parts.items():
+        if options.only and part not in options.only:
+            continue
+        start = time.perf_counter()
+        report[part] = measure()
+        print(f"{part}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+        if options.output is not None:  # after each part: the later ones take minutes
+            options.output.mkdir(parents=True, exist_ok=True)
+            (options.output / "attention.md").write_text(_text(report))
+            (options.output / "attention.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(_text(report))
+
+
+def _text(report: dict[str, Any]) -> str:
+    tables = [f"## {name}\n\n{_table(report[name])}\n" for name in ("accuracy", "kernels", "layers") if name in report]
+    told = ("compilations", "hardware", "versions", "commit", "command")
+    return "\n".join(
+        ["# Attention of packed rows and shared prefixes\n", *tables]
+        + [f"* {key}: {report[key]}" for key in told if key in report]
+        + [""]
     )
-    text += "\n" + "\n".join(f"* {key}: {report[key]}" for key in ("compilations", "hardware", "versions"))
-    text += "\n" + "\n".join(f"* {key}: {report[key]}" for key in ("commit", "command"))
-    print(text)
-    if options.output is not None:
-        options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "attention.md").write_text(f"# Attention of packed rows and shared prefixes\n\n{text}\n")
-        (options.output / "attention.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
 # -- batches --------------------------------------------------------------------------------------------------------
@@ -266,36 +277,35 @@ def stack(sizes: dict[str, int], device: torch.device, *, compiled: bool) -> Pol
 
 
 def time_layers(
-    case: str, samples: Sequence[Sample], sizes: dict[str, int], device: torch.device, options: argparse.Namespace
+    groups: dict[str, list[Sample]], sizes: dict[str, int], device: torch.device, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """Forward and backward of all layers, in each layout."""
+    """Forward and backward of all layers, each group in each layout, by one stack of layers, compiled once a layout."""
     policy = stack(sizes, device, compiled=not options.tiny)
-    trained = sum(sample.num_trainable_tokens for sample in samples)
     rows: list[dict[str, Any]] = []
-    for layout in LAYOUTS:
-        batch = batch_of(samples, layout, device)
-        if batch.layout != layout:
-            continue
-        row: dict[str, Any] = {
-            "batch": case,
-            "layout": layout,
-            "positions": batch.num_positions,
-        }
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        start = time.perf_counter()
-        try:
-            update(policy, batch)
-            row["first s"] = time.perf_counter() - start
-            row["ms"] = _median_ms(lambda b=batch: update(policy, b), device, options.repeats)
-            row["trained tokens/s"] = 1e3 * trained / row["ms"]
-            row["input tokens/s"] = 1e3 * sum(sample.num_input_tokens for sample in samples) / row["ms"]
-            row["peak GiB"] = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
-            row["of padded"] = row["ms"] / rows[0]["ms"] if rows else 1.0
-        except torch.OutOfMemoryError:
-            row |= dict.fromkeys(("first s", "ms", "trained tokens/s", "input tokens/s", "peak GiB"), float("nan"))
-            torch.cuda.empty_cache()
-        rows.append(row)
+    for case, samples in groups.items():
+        trained = sum(sample.num_trainable_tokens for sample in samples)
+        padded = float("nan")
+        for layout in LAYOUTS:
+            batch = batch_of(samples, layout, device)
+            if batch.layout != layout:
+                continue
+            row: dict[str, Any] = {"batch": case, "layout": layout, "positions": batch.num_positions}
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            start = time.perf_counter()
+            try:
+                update(policy, batch)
+                row["first s"] = time.perf_counter() - start
+                row["ms"] = _median_ms(lambda b=batch: update(policy, b), device, options.repeats)
+                padded = row["ms"] if layout == "padded" else padded
+                row["trained tokens/s"] = 1e3 * trained / row["ms"]
+                row["input tokens/s"] = 1e3 * sum(sample.num_input_tokens for sample in samples) / row["ms"]
+                row["peak GiB"] = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
+                row["of padded"] = row["ms"] / padded
+            except torch.OutOfMemoryError:
+                row |= dict.fromkeys(("first s", "ms", "trained tokens/s", "input tokens/s", "peak GiB"), float("nan"))
+                torch.cuda.empty_cache()
+            rows.append(row)
     return rows
 
 

@@ -4,7 +4,7 @@ Each run is `smollm2_arithmetic.py` with `--path fast` (packed rows, shared pref
 (padded batches, not compiled), in its own process. The runs that learn go side by side, because only their rewards are
 read; two more, one after the other, are timed.
 
-    python benchmarks/learning_curves.py [--steps 60] [--seeds 3] [--base_model PATH.gguf] [--output benchmarks/results]
+    python benchmarks/learning_curves.py [--steps 60] [--seeds 3] [--max_seconds 300] [--base_model PATH.gguf]
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ def main() -> None:
     parser.add_argument("--base_model", help="as of the recipe")
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each run")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each path")
+    parser.add_argument(
+        "--max_seconds", type=float, default=1e5, help="of each run's training; what all reached counts"
+    )
     parser.add_argument("--timed_steps", type=int, default=20, help="optimizer steps of the timed runs")
     parser.add_argument("--at_once", type=int, default=6, help="runs side by side")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
@@ -46,6 +49,9 @@ def main() -> None:
         for path in PATHS:
             folder = Path(root) / f"timed-{path}"
             timed[path] = finish(start(path, 0, options.timed_steps, folder, options), folder)
+    shortest = min(len(report["rewards"]) for report in found.values())
+    for report in found.values():  # the rewards of the steps that all reached
+        del report["rewards"][shortest:]
     text = summary(found, timed, options)
     print(text)
     (options.output / "learning_curves.md").write_text(text)
@@ -62,7 +68,7 @@ def start(path: str, seed: int, steps: int, folder: Path, options: argparse.Name
     told = (folder / "log").open("wb")
     return subprocess.Popen(
         [sys.executable, str(RECIPE), "--config", str(options.config), "--path", path, "--seed", str(seed)]
-        + ["--steps", str(steps), "--max_seconds", "100000", "--output", str(folder), *model],
+        + ["--steps", str(steps), "--max_seconds", str(options.max_seconds), "--output", str(folder), *model],
         stdout=told,
         stderr=subprocess.STDOUT,
     )
@@ -85,8 +91,8 @@ def summary(found: dict[tuple[str, int], Any], timed: dict[str, Any], options: a
         "# The fast path learns what the plain one does",
         "",
         f"SmolLM2-135M-Instruct, sums, all weights: {options.seeds} seeds of {steps} steps. Reward: mean of the last "
-        f"{tail} steps, over seeds, and its standard error. Seconds: median of an update alone on the GPU, the first "
-        "two left out.",
+        f"{tail} steps, over seeds, and its standard error; held out: after the {_range(found)} steps of the "
+        "whole run. Seconds: median of an update alone on the GPU, the first two left out.",
         "",
         "| path | reward | held out, greedy | update s | whole step s |",
         "|---|---|---|---|---|",
@@ -115,6 +121,11 @@ def summary(found: dict[tuple[str, int], Any], timed: dict[str, Any], options: a
         "",
     ]
     return "\n".join(lines)
+
+
+def _range(found: dict[tuple[str, int], Any]) -> str:
+    steps = [report["steps"] for report in found.values()]
+    return f"{min(steps)}" if min(steps) == max(steps) else f"{min(steps)} to {max(steps)}"
 
 
 def _spread(values: list[float]) -> str:

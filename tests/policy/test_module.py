@@ -16,6 +16,7 @@ from fitrl.demo import TASKS, correct
 from fitrl.errors import DataError, InvalidArgumentError, NonFiniteGradientError, UnsupportedError
 from fitrl.policy.module import PolicyModule
 from fitrl.policy.policy import Policy
+from fitrl.policy.scoring import logprobs_of
 from samples import make_groups, make_samples, true_logprobs
 
 STOCK = {
@@ -185,7 +186,7 @@ def test_a_head_that_is_not_plain_is_bounded_too(tmp_path, tiny_tokenizer, layou
         live.logprob_chunk_size = 7
         scores = verbs.forward(batch).logprobs
         with torch.no_grad():
-            whole = live._logprob_rows(batch)  # as the loss computes them
+            whole = logprobs_of(live.policy, batch)  # as the loss computes them
     assert len(rows) > 2 and max(rows) == 7 and sum(rows) == len(scores)
     assert torch.allclose(scores, whole, atol=1e-5)
 

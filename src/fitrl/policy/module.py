@@ -21,25 +21,16 @@ from torch.distributed.tensor import DTensor
 
 from fitrl.data.batch import Batch
 from fitrl.errors import InvalidArgumentError, NonFiniteGradientError, UnsupportedError
-from fitrl.objective.custom import evaluate
-from fitrl.objective.fused_linear import fused_linear_policy_loss
-from fitrl.objective.logprobs import linear_logprobs, logits_logprobs
-from fitrl.objective.objective import CustomObjective, LossInputs, Objective, PolicyLoss
-from fitrl.objective.policy_loss import policy_loss
-from fitrl.policy.batch_loss import loss_inputs
+from fitrl.objective.objective import CustomObjective, Objective, PolicyLoss
 from fitrl.policy.layers import compile_layers, narrow_frozen_layers, recompute_layers
 from fitrl.policy.loading import load_policy, trained_state
 from fitrl.policy.metrics import CallTotals, mismatch
 from fitrl.policy.model import TrainableModel
 from fitrl.policy.optimizers import AdamWSettings, adamw
 from fitrl.policy.policy import Policy
+from fitrl.policy.scoring import logprobs_of, loss_of
 from fitrl.policy.sharding import clip_by_norm, gradient_norm, whole
 
-# operations that end a model and whose backward does not read what they returned: the gradient may take its place
-_KEEP_NO_RESULT = (
-    *("AddmmBackward0", "MmBackward0", "UnsafeViewBackward0", "AddBackward0"),
-    *("MulBackward0", "DivBackward0", "ToCopyBackward0"),
-)
 # rows of logits at a time where memory is to be spared: half of what is taken else at 151936 columns of float32
 _SPARED_ROWS = 2048
 
@@ -152,69 +143,14 @@ class PolicyModule(lightning.LightningModule):
             strategy: Any = self.trainer.strategy
             told: PolicyLoss = strategy.compute_loss(batch, objective)
             return told
-        targets, policy = batch.loss_inputs, self.policy
-        common: dict[str, Any] = {
-            "rollout_logprobs": targets.rollout_logprobs,
-            "reference_logprobs": targets.reference_logprobs,
-            "num_tokens": targets.num_tokens,
-            "num_sequences": targets.num_sequences,
-        }
-        if not isinstance(objective, Objective):
-            return evaluate(objective, self._custom_inputs(batch, objective))
-        fixed = (targets.old_logprobs, targets.advantages, targets.mask, targets.trajectory_ids, objective)
-        if policy.has_linear_head:
-            hidden = self._hidden_rows(batch)
-            weight, bias, shard = policy.head_here  # after the layers ran: until then it may lie in pieces
-            return fused_linear_policy_loss(
-                hidden,
-                weight,
-                targets.targets,
-                *fixed,
-                bias=bias,
-                temperature=targets.temperature,
-                softcap=policy.softcap,
-                rows_per_tile=_SPARED_ROWS if self.activation_checkpointing else None,
-                exact_logits=True,
-                leave_out=False,  # packing did that, and nothing here may wait for the device
-                shard=shard,
-                kl_mean=targets.kl_mean,
-                **common,
-            )
-        logprobs, entropies = self._logprobs_of_logits(batch, policy, with_entropies=objective.entropy_coef != 0)
-        result = policy_loss(logprobs, *fixed, entropies=entropies, kl_mean=targets.kl_mean, **common)
-        return PolicyLoss(loss=result.loss, metrics=result.metrics, logprobs=logprobs.detach())
-
-    def _custom_inputs(self, batch: Batch, objective: CustomObjective) -> LossInputs:
-        policy = self.policy
-        outputs: dict[str, Tensor] = {}
-        if objective.inputs == "logits":
-            outputs["logits"] = self._logit_rows(batch)
-        elif objective.inputs == "logprobs":
-            outputs["logprobs"] = self._logprob_rows(batch)
-        elif objective.inputs == "hidden" and policy.has_linear_head:
-            outputs["hidden"] = self._hidden_rows(batch)
-            outputs["weight"], bias, shard = policy.head_here
-            if shard is not None:
-                raise UnsupportedError(
-                    "tensor parallel leaves each rank a part of the output head, so an objective over hidden states "
-                    "would be wrong; use inputs='logprobs' or 'logits', or tensor_parallel_size=1"
-                )
-            outputs |= {} if bias is None else {"bias": bias}
-        elif objective.inputs == "hidden":
-            raise UnsupportedError(
-                f"{type(policy.causal_lm).__name__} has no plain linear head, so an objective over hidden states would "
-                "be wrong; use inputs='logits' or 'logprobs'"
-            )
-        else:
-            raise InvalidArgumentError(
-                f"a custom objective's inputs must be 'logprobs', 'logits' or 'hidden', got {objective.inputs!r}"
-            )
-        return loss_inputs(batch, outputs)
+        return loss_of(
+            self.policy, batch, objective, rows_per_tile=_SPARED_ROWS if self.activation_checkpointing else None
+        )
 
     @torch.no_grad()
     def score(self, batch: Batch, policy: Policy | None = None) -> Tensor:
         """Float32 logprobs [R] of the batch's targets, no grad, `logprob_chunk_size` rows of logits at a time."""
-        return self._logprob_rows(batch, policy, rows_per_tile=self.logprob_chunk_size)
+        return logprobs_of(policy or self.policy, batch, rows_per_tile=self.logprob_chunk_size)
 
     def reference_score(self, batch: Batch, reference: str) -> Tensor:
         """Logprobs [R] of the batch's targets under the reference policy: "base", or a checkpoint folder."""
@@ -240,65 +176,6 @@ class PolicyModule(lightning.LightningModule):
             self.trainer.precision_plugin.convert_module(policy.network).to(self.device)
             self._reference = (key, policy)
         return self.score(batch, self._reference[1])
-
-    def _hidden_rows(self, batch: Batch, policy: Policy | None = None) -> Tensor:
-        """Last hidden states [R, H] of the positions that predict a target."""
-        hidden = (policy or self.policy).hidden_of(batch.model_inputs)
-        return hidden.flatten(0, 1).index_select(0, batch.loss_inputs.rows)
-
-    def _logit_rows(self, batch: Batch, policy: Policy | None = None) -> Tensor:
-        """Logits [R, V] of the whole model, float32 (float64 stays), divided by the temperature."""
-        targets = batch.loss_inputs
-        rows = (policy or self.policy).full_logits_of(batch.model_inputs).flatten(0, 1).index_select(0, targets.rows)
-        rows = rows if rows.dtype == torch.float64 else rows.float()
-        return rows / targets.temperature[:, None]
-
-    def _logprob_rows(self, batch: Batch, policy: Policy | None = None, *, rows_per_tile: int | None = None) -> Tensor:
-        policy = policy or self.policy
-        targets = batch.loss_inputs
-        if not policy.has_linear_head and rows_per_tile is not None:
-            return self._logprobs_by_tiles(batch, policy, rows_per_tile)
-        if not policy.has_linear_head:
-            return self._logprobs_of_logits(batch, policy)[0]
-        hidden = self._hidden_rows(batch, policy)
-        weight, bias, shard = policy.head_here  # as above
-        return linear_logprobs(
-            hidden,
-            weight,
-            targets.targets,
-            bias=bias,
-            temperature=targets.temperature,
-            softcap=policy.softcap,
-            rows_per_tile=rows_per_tile,
-            exact_logits=True,
-            shard=shard,
-        )[0]
-
-    def _logprobs_of_logits(
-        self, batch: Batch, policy: Policy, *, with_entropies: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """Logprobs [R] and entropies of a model whose head cannot be taken apart; the logits are used up."""
-        targets = batch.loss_inputs
-        logits = policy.full_logits_of(batch.model_inputs)
-        maker, flat = logits.grad_fn, logits.flatten(0, 1)
-        shared = batch.layout == "shared"  # then several targets may be predicted at one position, each by its own copy
-        return logits_logprobs(
-            flat.index_select(0, targets.rows) if shared else flat,
-            targets.targets,
-            temperature=targets.temperature,
-            rows=None if shared else targets.rows,
-            with_entropies=with_entropies,
-            in_place=shared or (maker is not None and maker.name() in _KEEP_NO_RESULT),
-        )
-
-    def _logprobs_by_tiles(self, batch: Batch, policy: Policy, rows_per_tile: int) -> Tensor:
-        """Logprobs [R] by the model's own head, so many rows of logits at a time; for passes without a gradient."""
-        targets = batch.loss_inputs
-        columns = (self._hidden_rows(batch, policy), targets.targets, targets.temperature)
-        logprobs: list[Tensor] = []
-        for hidden, chosen, temperature in zip(*(torch.split(c, rows_per_tile) for c in columns), strict=True):
-            logprobs.append(logits_logprobs(policy.own_logits(hidden), chosen, temperature=temperature)[0])
-        return torch.cat(logprobs)
 
     def observe(self, metrics: dict[str, float]) -> None:
         """Take host-side metrics of the running epoch; several are averaged."""
