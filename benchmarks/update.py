@@ -41,7 +41,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 import fitrl
 from fitrl.data.completion import Completion
-from fitrl.policy import loading, module
+from fitrl.policy import loading, module, scoring
 from fitrl.policy.attention import read_no_packed_rows, read_packed_rows
 from fitrl.policy.policy import Policy
 
@@ -351,18 +351,18 @@ def _flops(case: Case, found: Any) -> float:
 
 def parts(update: Any) -> dict[str, float]:
     """Milliseconds of device time of one update by what takes it, and how long the device was idle."""
-    kept = module.fused_linear_policy_loss
+    kept = scoring.fused_linear_policy_loss
 
     def head(*args: Any, **kwargs: Any) -> Any:
         with record_function("head"):
             return kept(*args, **kwargs)
 
-    module.fused_linear_policy_loss = head
+    scoring.fused_linear_policy_loss = head
     try:
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
             update()
     finally:
-        module.fused_linear_policy_loss = kept
+        scoring.fused_linear_policy_loss = kept
     events = profiler.key_averages()
     kernels = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and e.key != "head"]
     kernels = [e for e in kernels if not e.key.startswith(("Optimizer.", "ProfilerStep"))]

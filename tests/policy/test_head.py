@@ -120,9 +120,9 @@ def test_logits_that_their_maker_saved_are_not_overwritten(opened, monkeypatch) 
     [batch] = pack(make_samples(seed=1, num_trajectories=3))
     module.policy.has_linear_head = False
     seen = []
-    real = fitrl.policy.module.logits_logprobs
+    real = fitrl.policy.scoring.logits_logprobs
     monkeypatch.setattr(
-        "fitrl.policy.module.logits_logprobs",
+        "fitrl.policy.scoring.logits_logprobs",
         lambda *args, **keywords: seen.append(keywords["in_place"]) or real(*args, **keywords),
     )
     opened.verbs.forward_backward(batch)
