@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Qwen3Config
 
 from fitrl.data.batch import Batch
 from fitrl.data.bins import Layout
-from fitrl.data.groups import TokenHistory
+from fitrl.data.histories import TokenHistory
 from fitrl.data.packing import pack
 from fitrl.data.samples import Sample
 from fitrl.policy import attention

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fitrl.data.completion import Completion
-from fitrl.data.groups import TokenHistory, Trajectory, TrajectoryGroup
+from fitrl.data.groups import Trajectory, TrajectoryGroup
+from fitrl.data.histories import TokenHistory
 from fitrl.data.samples import Sample
 
 END = 260  # <|end|> of the bundled tokenizer

@@ -6,7 +6,7 @@ import random
 
 from hypothesis import strategies as st
 
-from fitrl.data.groups import TokenHistory
+from fitrl.data.histories import TokenHistory
 from fitrl.data.samples import Sample
 from helpers import sample, token_history
 

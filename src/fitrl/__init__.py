@@ -7,7 +7,8 @@ result = trainer.fit_rl(model, groups, learning_rate=5e-6)
 from fitrl.data.batch import Batch, Feed
 from fitrl.data.completion import Completion, Message, Tool
 from fitrl.data.gather import gather
-from fitrl.data.groups import ExceptionRecord, History, TokenHistory, Trajectory, TrajectoryGroup
+from fitrl.data.groups import ExceptionRecord, Trajectory, TrajectoryGroup
+from fitrl.data.histories import History, TokenHistory
 from fitrl.data.packing import pack
 from fitrl.data.samples import build_samples
 from fitrl.discovery import register_strategies

@@ -16,7 +16,8 @@ from openai.types.chat.chat_completion import ChatCompletion, Choice
 from transformers import PreTrainedTokenizerBase
 
 from fitrl.data.completion import Completion
-from fitrl.data.groups import ExceptionRecord, History, TokenHistory, Trajectory, TrajectoryGroup
+from fitrl.data.groups import ExceptionRecord, Trajectory, TrajectoryGroup
+from fitrl.data.histories import History, TokenHistory
 from fitrl.data.tokens import tokenize
 from fitrl.errors import DataError, FitRLError
 from helpers import completion, facts, group, token_history, trajectory, user

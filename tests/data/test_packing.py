@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fitrl.data.bins import Layout, first_fit
-from fitrl.data.groups import TokenHistory
+from fitrl.data.histories import TokenHistory
 from fitrl.data.packing import deal, pack
 from fitrl.data.samples import Sample
 from fitrl.errors import InvalidArgumentError

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fitrl.data.groups import TokenHistory
+from fitrl.data.histories import TokenHistory
 from fitrl.data.packing import pack
 from fitrl.data.prefixes import Prefixes, Row, separate_row
 from fitrl.data.samples import Sample

@@ -18,7 +18,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fitrl.data.completion import Completion
-from fitrl.data.groups import History, TokenHistory, Trajectory
+from fitrl.data.groups import Trajectory
+from fitrl.data.histories import History, TokenHistory
 from fitrl.data.tokens import render_prompt, tokenize
 from fitrl.errors import DataError, TokenizationError
 from fitrl.rollout.rollout import prompt_ids

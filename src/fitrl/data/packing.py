@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fitrl.data.batch import Batch, LossTargets, ModelInputs
 from fitrl.data.bins import WORTHWHILE, Layout, assign
-from fitrl.data.groups import TokenHistory
+from fitrl.data.histories import TokenHistory
 from fitrl.data.prefixes import Prefixes, Row, lengths_of, separate_row
 from fitrl.data.samples import Sample
 from fitrl.errors import InvalidArgumentError

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fitrl.data.groups import TokenHistory
+from fitrl.data.histories import TokenHistory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

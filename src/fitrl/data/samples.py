@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from fitrl.data.advantages import balance, group_advantages, is_flat, reward_std
-from fitrl.data.groups import TokenHistory, TrajectoryGroup
+from fitrl.data.groups import TrajectoryGroup
+from fitrl.data.histories import TokenHistory
 from fitrl.data.tokens import Tokenized, check, read_tokens
 from fitrl.errors import DataError
 

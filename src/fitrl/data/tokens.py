@@ -20,7 +20,8 @@ import numpy.typing as npt
 import torch
 
 from fitrl.data.completion import Completion, Message, Tool
-from fitrl.data.groups import History, TokenHistory, Trajectory
+from fitrl.data.groups import Trajectory
+from fitrl.data.histories import History, TokenHistory
 from fitrl.errors import DataError, TokenizationError
 
 if TYPE_CHECKING:

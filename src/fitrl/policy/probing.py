@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fitrl.data.batch import Batch
-from fitrl.data.groups import TokenHistory
+from fitrl.data.histories import TokenHistory
 from fitrl.data.packing import pack
 from fitrl.data.samples import Sample
 from fitrl.policy.attention import keep_soft_caps, read_no_packed_rows, read_packed_rows

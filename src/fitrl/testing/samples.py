@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fitrl.data.groups import TokenHistory, Trajectory, TrajectoryGroup
+from fitrl.data.groups import Trajectory, TrajectoryGroup
+from fitrl.data.histories import TokenHistory
 from fitrl.data.samples import Sample
 
 if TYPE_CHECKING:

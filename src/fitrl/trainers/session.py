@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fitrl import _compat
 from fitrl.data import ranks
-from fitrl.data.groups import TokenHistory
+from fitrl.data.histories import TokenHistory
 from fitrl.data.packing import pack
 from fitrl.data.samples import Sample
 from fitrl.errors import InvalidArgumentError, SamplerError, SessionError
