@@ -10,8 +10,9 @@ PLUGINS := $(filter-out plugins/titan/%,$(wildcard plugins/*/pyproject.toml))
 demo: $(VENV)/.installed
 	$(BIN)/fitrl demo
 
+# two at a time, because half of a serial run waits for servers and ranks; a test asks for no more than two cores
 test: $(VENV)/.installed-test lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 # the real engine on a CPU, in an environment of its own (3.5 GB): its pins differ from ours
 test-vllm: plugins/vllm/.venv/.installed
