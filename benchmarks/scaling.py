@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="parts of the names of the runs to make")
     parser.add_argument("--profile", action="store_true", help="one more call of each job, under torch's profiler")
     parser.add_argument("--limit", type=float, default=240.0, help="seconds after which a job is ended")
+    parser.add_argument("--strategies", nargs="*", default=[], help="names of the strategies to run; none: all")
     parser.add_argument("--output", type=Path, help="folder for scaling.md and .json, or zero.md and .json")
     parser.add_argument("--job", nargs=2, metavar=("RUN", "STRATEGY"), help="used for the jobs: one of them")
     options = parser.parse_args()
@@ -106,6 +107,8 @@ def main() -> None:
         if options.only and not any(part in name for part in options.only):
             continue
         for strategy in strategies:
+            if options.strategies and strategy not in options.strategies:
+                continue
             if options.titan and options.ranks % 2 and strategy.endswith(" 2"):
                 continue  # needs two ranks
             row = {"run": name, "strategy": strategy, "devices": 1 if strategy == "fitrl_local" else options.ranks}
