@@ -38,7 +38,8 @@ def base_model(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("base")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        Qwen3ForCausalLM(config).bfloat16().save_pretrained(folder)  # as most are; in float32 they would lie in the file
+        # as most are: float32 weights would lie in the file's own pages
+        Qwen3ForCausalLM(config).bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
