@@ -101,6 +101,7 @@ def main() -> None:
     if options.job:
         job(int(options.job[0]), options.job[1], options)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to end"))
     rows: list[dict[str, Any]] = []
     text = ""
     for number, (name, _, strategies) in enumerate(runs(options)):
@@ -181,13 +182,15 @@ def finish(command: list[str], limit: float) -> tuple[int | None, str]:
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         try:
             said = process.communicate(timeout=limit)[1]
-        except subprocess.TimeoutExpired:
+        except BaseException as error:  # also where this program is told to end
             ranks_of_it = psutil.Process(process.pid).children(recursive=True)
             for one in (process, *ranks_of_it):  # torchrun first, which would wait for them
                 with contextlib.suppress(psutil.NoSuchProcess):
                     one.send_signal(signal.SIGKILL)
             psutil.wait_procs(ranks_of_it)
-            return None, process.communicate()[1]
+            if isinstance(error, subprocess.TimeoutExpired):
+                return None, process.communicate()[1]
+            raise
         return process.returncode, said
 
 
