@@ -49,6 +49,7 @@ def test_weights_are_cut_without_a_second_copy(base_model, precision, tmp_path) 
     worker = Path(__file__).parent / "memory_worker.py"
     # memory that is freed is given back, so that what is held can be seen from outside
     variables = environment() | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    variables["CUDA_VISIBLE_DEVICES"] = ""  # DeepSpeed would take a GPU
     job = subprocess.run(
         [*standalone(2), str(worker), base_model, str(tmp_path / "seen"), precision],
         env=variables,
