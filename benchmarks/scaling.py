@@ -7,6 +7,9 @@ With `--zero` the stages of ZeRO (`plugins/deepspeed`) beside `fitrl_fsdp2`, on 
 one, host memory of the first process, time. Nothing is compiled there, because stage 3 cannot be; `--ranks 1` is the
 case of offloading on a single device.
 
+With `--profile` the first process of each job runs one more call under torch's profiler, and says where its time went
+(`gaps.py`). A job that takes longer than `--limit` seconds is ended, and told as an error.
+
 With `--titan` torchtitan's plans (`plugins/titan`) beside one device and `fitrl_fsdp2`, compiled but for tensor
 parallel; `--ranks 1` compares torchtitan's modules with transformers' on a single device.
 
@@ -14,18 +17,21 @@ parallel; `--ranks 1` compares torchtitan's modules with transformers' on a sing
     python benchmarks/scaling.py --tensor-parallel 2 ...                               fitrl_fsdp2 by groups of two
     python benchmarks/scaling.py --zero [--ranks 2] [--output benchmarks/results]      the stages of ZeRO
     python benchmarks/scaling.py --titan [--ranks 1] [--output benchmarks/results]     torchtitan's plans
+    python benchmarks/scaling.py --profile --only "0.6B full" ...                      where the time goes
     python benchmarks/scaling.py --tiny [--zero] [--titan]                             whether it runs, on CPUs
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
 import platform
 import random
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -35,12 +41,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import psutil
 import torch
 import transformers
 
 import fitrl
 from fitrl.data import ranks
 from fitrl.strategies.fsdp2 import FSDP2Strategy
+from gaps import report
 from update import Case, _commit, _synchronize, groups_of, random_weights
 
 RUNS = (
@@ -84,24 +92,32 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=4, help="timed updates")
     parser.add_argument("--only", nargs="*", default=[], help="parts of the names of the runs to make")
+    parser.add_argument("--profile", action="store_true", help="one more call of each job, under torch's profiler")
+    parser.add_argument("--limit", type=float, default=240.0, help="seconds after which a job is ended")
+    parser.add_argument("--strategies", nargs="*", default=[], help="names of the strategies to run; none: all")
     parser.add_argument("--output", type=Path, help="folder for scaling.md and .json, or zero.md and .json")
     parser.add_argument("--job", nargs=2, metavar=("RUN", "STRATEGY"), help="used for the jobs: one of them")
     options = parser.parse_args()
     if options.job:
         job(int(options.job[0]), options.job[1], options)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to end"))
     rows: list[dict[str, Any]] = []
     text = ""
     for number, (name, _, strategies) in enumerate(runs(options)):
         if options.only and not any(part in name for part in options.only):
             continue
         for strategy in strategies:
+            if options.strategies and strategy not in options.strategies:
+                continue
             if options.titan and options.ranks % 2 and strategy.endswith(" 2"):
                 continue  # needs two ranks
             row = {"run": name, "strategy": strategy, "devices": 1 if strategy == "fitrl_local" else options.ranks}
             if strategy == "fitrl_fsdp2" and options.tensor_parallel > 1:
                 row["tensor parallel"] = options.tensor_parallel
             row |= start(number, strategy, options)
+            if (profile := row.pop("profile", None)) is not None:
+                print(f"\n{name}, {strategy}\n{profile}\n", flush=True)
             one = next((other for other in rows if other["run"] == name and other["devices"] == 1), None)
             if one is not None and "ms" in row and "ms" in one:
                 row["of one"] = one["ms"] / row["ms"]
@@ -150,12 +166,32 @@ def start(number: int, strategy: str, options: argparse.Namespace) -> dict[str, 
         flags += ["--tensor-parallel", str(options.tensor_parallel)]
         flags += ["--zero"] if options.zero else []
         flags += ["--titan"] if options.titan else []
-        done = subprocess.run([*launcher, __file__, *flags], capture_output=True, text=True, check=False)
-        if done.returncode:
-            errors = [line for line in done.stderr.splitlines() if "Error: " in line]  # torchrun has the last word
-            return {"error": (errors or done.stderr.strip().splitlines() or ["no word"])[0].strip()[:200]}
+        flags += ["--profile"] if options.profile else []
+        status, said = finish([*launcher, __file__, *flags], options.limit)
+        if status is None:
+            return {"error": f"had not ended after {options.limit:g} s"}
+        if status:
+            errors = [line for line in said.splitlines() if "Error: " in line]  # torchrun has the last word
+            return {"error": (errors or said.strip().splitlines() or ["no word"])[0].strip()[:200]}
         told: dict[str, Any] = json.loads(path.read_text())
         return told
+
+
+def finish(command: list[str], limit: float) -> tuple[int | None, str]:
+    """Exit status and errors of a command; None as status where it had to be ended, with all that it started."""
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            said = process.communicate(timeout=limit)[1]
+        except BaseException as error:  # also where this program is told to end
+            ranks_of_it = psutil.Process(process.pid).children(recursive=True)
+            for one in (process, *ranks_of_it):  # torchrun first, which would wait for them
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.send_signal(signal.SIGKILL)
+            psutil.wait_procs(ranks_of_it)
+            if isinstance(error, subprocess.TimeoutExpired):
+                return None, process.communicate()[1]
+            raise
+        return process.returncode, said
 
 
 def job(number: int, strategy: str, options: argparse.Namespace) -> None:
@@ -223,6 +259,8 @@ def job(number: int, strategy: str, options: argparse.Namespace) -> None:
             told["peak GiB"] = ranks.highest(torch.cuda.max_memory_allocated(device)) / 2**30
         if options.zero:
             told["host GiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        if options.profile:
+            told |= {"profile": report(update)} if trainer.is_global_zero else {"": update()}
         if trainer.is_global_zero:
             options.output.write_text(json.dumps(told))
 

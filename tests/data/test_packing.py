@@ -269,6 +269,24 @@ def test_batches_are_of_about_equal_size(lengths: list[int], num_batches: int) -
     assert max(loads) - min(loads) <= max(lengths) - 1  # one sample cannot be cut
 
 
+@pytest.mark.parametrize("shared", [0, 300])
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+def test_each_rank_has_as_much_work(num_ranks: int, shared: int) -> None:
+    """Also where the number of batches that are filled to the brim divides the ranks, and the last one is small."""
+    draw = random.Random(0)
+    prompts = [[draw.randrange(200) for _ in range(shared)] for _ in range(8)]
+    answers = [[draw.randrange(200) for _ in range(draw.randint(20, 300))] for _ in range(64)]
+    samples = [
+        sample(token_history(prompts[number % 8] + answer, [0] * shared + [1] * len(answer)))
+        for number, answer in enumerate(answers)
+    ]
+    for limit in range(1000, 3000, 200):
+        batches = pack(samples, max_tokens=limit, multiple_of=num_ranks, share_prefixes=bool(shared))
+        assert len(batches) % num_ranks == 0 and max(batch.num_positions for batch in batches) <= limit
+        loads = [sum(batch.num_positions for batch in batches[rank::num_ranks]) for rank in range(num_ranks)]
+        assert max(loads) - sum(loads) / num_ranks < shared + 300  # no more than one trajectory
+
+
 @given(_samples(), st.sampled_from(LAYOUTS), st.integers(0, 40))
 def test_packing_is_deterministic(samples: list[Sample], layout: Layout, slack: int) -> None:
     limit = _fitting_limit(samples, layout, slack)

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
+from distributed.ddp_worker import ACCELERATOR
 from distributed.launch import STRATEGIES, outputs, standalone, start
 from distributed.steps import compare, outcome
 from fitrl.policy.checkpoints import list_checkpoints, verify
@@ -19,7 +20,10 @@ from fitrl.policy.lock import RunLock
 
 pytestmark = pytest.mark.slow
 STEPS = "6"
-MOST_S = 10.0  # from the kill to the end of the job; seen: see each place
+# from the kill to the end of the job; seen on CPUs: see each place. With NCCL a rank that is left hears nothing in its
+# collective and is ended from outside of it, and the device has to be given up
+MOST_S = 10.0 if ACCELERATOR == "cpu" else 20.0
+ENDED = "waits for something that cannot come"
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +66,7 @@ def kill(root: Path, place: str, rank: int, variables: dict[str, str]) -> str:
 )
 def test_a_killed_rank_ends_the_job_which_resumes_exactly(place, rank, saved, variables, undisturbed, tmp_path) -> None:
     said = kill(tmp_path / "2", place, rank, variables)
-    assert f"RankLostError: rank {rank} " in said
+    assert f"RankLostError: rank {rank} " in said or (ACCELERATOR == "gpu" and ENDED in said), said
     checkpoints = tmp_path / "2" / "steps" / "run" / "checkpoints"
     assert [step for step, _ in list_checkpoints(checkpoints)] == [saved]
     assert verify(checkpoints / f"{saved:04d}").step == saved
@@ -83,7 +87,7 @@ def test_a_killed_rank_ends_the_job_which_resumes_exactly(place, rank, saved, va
 
 def test_a_rank_that_no_signal_reaches_ends_too(variables, tmp_path) -> None:
     """It waits in C for ever, as it would in NCCL; 7.2 s."""
-    assert "waits for something that cannot come" in kill(tmp_path, "stuck", 1, variables)
+    assert ENDED in kill(tmp_path, "stuck", 1, variables)
 
 
 def test_more_ranks_go_on_from_what_one_saved(variables, undisturbed, tmp_path) -> None:

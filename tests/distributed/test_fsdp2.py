@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import fitrl
+from distributed.ddp_worker import ACCELERATOR, AFTER_A_STEP
 from distributed.fsdp2_worker import CASES
 from distributed.launch import HERE, environment, torchrun
 from fitrl.errors import CheckpointError
@@ -22,7 +23,19 @@ from samples import make_groups
 
 pytestmark = pytest.mark.slow
 # of gradients' norms and sums: a compiler's float32 kernels, and layers that are gathered in bfloat16
-TOLERANCE = {"adapters, recomputed, offloaded": 1e-5, "float32, compiled": 1e-4, "bfloat16": 2e-2}
+TOLERANCE = {
+    "adapters, recomputed, offloaded": 1e-5,
+    "float32, compiled": 1e-4,
+    "bfloat16": 5e-2 if ACCELERATOR == "gpu" else 2e-2,
+}
+
+
+def assert_same_gradients(ours: list[list[float]], expected: list[list[float]]) -> None:
+    """Of all steps, the first one before Adam has made more of last bits."""
+    assert len(ours) == len(expected)
+    for step, (found, others) in enumerate(zip(ours, expected, strict=True)):
+        rel = AFTER_A_STEP if step else 1e-8
+        assert found == pytest.approx(others, rel=rel, abs=rel * others[0] if rel > 1e-8 else 1e-10)
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +62,14 @@ def test_the_gradient_is_that_of_one_process(seen, case) -> None:
     one, first, second = (seen[name]["train"][case] for name in ("one", "two.0", "two.1"))
     assert first["gradients"] == second["gradients"]
     assert len(first["gradients"]) == len(one["gradients"]) == 2
-    tolerance = TOLERANCE.get(case, 1e-8)
+    if case not in TOLERANCE:
+        assert_same_gradients(first["gradients"], one["gradients"])
+        return
+    tolerance = TOLERANCE[case]
     for ours, expected in zip(first["gradients"], one["gradients"], strict=True):
         # of the first step all, of the second the norm where Adam has made more of last bits
-        norms_only = tolerance > 1e-8 and expected is not one["gradients"][0]
-        bound = 0.2 if norms_only else tolerance
-        assert ours[:1] == pytest.approx(expected[:1], rel=bound)
+        norms_only = expected is not one["gradients"][0]
+        assert ours[:1] == pytest.approx(expected[:1], rel=0.2 if norms_only else tolerance)
         if not norms_only:
             assert ours == pytest.approx(expected, rel=tolerance, abs=tolerance * expected[0])
 
@@ -97,18 +112,16 @@ def test_sampling_between_calls_changes_nothing(seen) -> None:
         [item["messages_and_choices"][-1]["completion"]["token_ids"] for item in json.loads(group)["trajectories"]]
         for group in one["groups"]
     ]
-    assert first["by hand"] == second["by hand"] == pytest.approx(one["by hand"], rel=1e-8)
+    assert first["by hand"] == second["by hand"] == pytest.approx(one["by hand"], rel=AFTER_A_STEP)
     assert first["digest"] == second["digest"]
-    for ours, expected in zip(first["gradients"], one["gradients"], strict=True):
-        assert ours == pytest.approx(expected, rel=1e-8, abs=1e-10)
+    assert_same_gradients(first["gradients"], one["gradients"])
 
 
 @pytest.mark.parametrize("kind", ["full", "adapters"])
 def test_resumed_it_goes_on_as_one_process_would(seen, kind) -> None:
     one, first, second = (seen[name]["resumed"][kind] for name in ("one", "two.0", "two.1"))
     assert len(first["gradients"]) == 3 and first["digest"] == second["digest"]
-    for ours, expected in zip(first["gradients"], one["gradients"], strict=True):
-        assert ours == pytest.approx(expected, rel=1e-8, abs=1e-10)
+    assert_same_gradients(first["gradients"], one["gradients"])
 
 
 @pytest.mark.parametrize("kind", ["full", "adapters"])
@@ -126,8 +139,8 @@ def test_one_process_goes_on_from_what_two_saved(seen, kind) -> None:
             weights = torch.cat([tensor.flatten() for _, tensor in trainer.verbs.named_weights()])
         assert result.step == 4
         results[name] = (result.metrics["loss/grad_norm"], weights)
-    assert results["two.0"][0] == pytest.approx(results["one"][0], rel=1e-8)
-    assert float((results["two.0"][1] - results["one"][1]).abs().max()) < 1e-6
+    assert results["two.0"][0] == pytest.approx(results["one"][0], rel=AFTER_A_STEP)
+    assert float((results["two.0"][1] - results["one"][1]).abs().max()) < 100 * AFTER_A_STEP
 
 
 def test_each_rank_writes_its_moments_and_nobody_all_of_them(seen) -> None:

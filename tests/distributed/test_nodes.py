@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import fitrl
+from distributed.ddp_worker import ACCELERATOR
 from distributed.launch import STRATEGIES, outputs, start
 from distributed.steps import compare, outcome
 from fitrl.errors import InvalidArgumentError
@@ -42,8 +43,13 @@ def test_two_torchrun_agents_are_one_run(strategy, folder, alone) -> None:
     where = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--local_addr", "127.0.0.1"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", *where]
     job = ("steps_worker.py", str(folder), f"agents-{strategy}", STEPS)
-    nodes = ([*torchrun, "--node_rank", str(node)] for node in range(2))
-    said = outputs(*(start(node, *job, variables={"FITRL_TEST_STRATEGY": strategy}) for node in nodes))
+    devices = [{"CUDA_VISIBLE_DEVICES": str(node)} if ACCELERATOR == "gpu" else {} for node in range(2)]
+    said = outputs(
+        *(
+            start([*torchrun, "--node_rank", str(node)], *job, variables={"FITRL_TEST_STRATEGY": strategy} | own)
+            for node, own in enumerate(devices)
+        )
+    )
     first, second = (outcome(folder, f"agents-{strategy}", rank) for rank in range(2))
     assert first["size"] == second["size"] == 2
     assert first["gradients"] == second["gradients"]

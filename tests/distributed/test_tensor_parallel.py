@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import fitrl
+from distributed.ddp_worker import ACCELERATOR, AFTER_A_STEP
 from distributed.launch import outputs, standalone, start, torchrun
 from distributed.tensor_parallel_worker import CASES, LORA
 from fitrl.errors import InvalidArgumentError, UnsupportedError
@@ -66,6 +67,8 @@ def seen(tmp_path_factory, llama) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def on_four(seen, llama) -> list[dict[str, Any]]:
     """What each of four ranks saw, two of data by two of each layer; it goes on from what two had saved."""
+    if ACCELERATOR == "gpu" and torch.cuda.device_count() < 4:
+        pytest.skip(f"four ranks need four GPUs, here are {torch.cuda.device_count()}")
     folder = seen["folder"]
     ranks = torchrun(
         "tensor_parallel_worker.py", str(folder / "four"), llama, str(folder / "two.runs"), ranks=4, timeout=400.0
@@ -83,8 +86,9 @@ def texts(groups: list[str]) -> list[list[list[int]]]:
 
 def assert_same_gradients(ours: list[list[float]], expected: list[list[float]], tolerance: float = 1e-8) -> None:
     assert len(ours) == len(expected)
-    for step, others in zip(ours, expected, strict=True):
-        assert step == pytest.approx(others, rel=tolerance, abs=max(1e-10, tolerance * others[0] * (tolerance > 1e-8)))
+    for step, (found, others) in enumerate(zip(ours, expected, strict=True)):
+        rel = max(tolerance, AFTER_A_STEP) if step else tolerance
+        assert found == pytest.approx(others, rel=rel, abs=rel * others[0] if rel > 1e-8 else 1e-10)
 
 
 @pytest.mark.slow
@@ -146,7 +150,7 @@ def test_every_rank_samples_with_whole_weights(seen) -> None:
     assert texts(first["groups"]) == texts(one["groups"])
     for kind in ("full", "adapters"):
         assert_same_gradients(first[f"gradients, {kind}"], one[f"gradients, {kind}"])
-        assert first[f"by hand, {kind}"] == pytest.approx(one[f"by hand, {kind}"], rel=1e-8)
+        assert first[f"by hand, {kind}"] == pytest.approx(one[f"by hand, {kind}"], rel=AFTER_A_STEP)
         assert first[f"logprobs, {kind}"] == pytest.approx(one[f"logprobs, {kind}"], rel=1e-6)
 
 
@@ -168,7 +172,7 @@ def test_one_process_goes_on_from_what_two_saved(seen, kind) -> None:
     ) as trainer:
         result = trainer.fit_rl(model, make_groups(seed=4), learning_rate=1e-3, save_checkpoint=False)
     assert result.step == 4
-    assert result.metrics["loss/grad_norm"] == pytest.approx(seen["one"]["continued"][kind], rel=1e-8)
+    assert result.metrics["loss/grad_norm"] == pytest.approx(seen["one"]["continued"][kind], rel=AFTER_A_STEP)
 
 
 @pytest.mark.slow
@@ -193,7 +197,7 @@ def test_two_of_data_by_two_of_each_layer(seen, on_four, kind) -> None:
         for metrics, wanted in zip(ours["metrics"], expected["metrics"], strict=True):
             for key, value in wanted.items():
                 assert metrics[key] == pytest.approx(value, rel=1e-6, abs=1e-9), key
-        assert rank["continued"][kind] == pytest.approx(seen["one"]["continued"][kind], rel=1e-8)
+        assert rank["continued"][kind] == pytest.approx(seen["one"]["continued"][kind], rel=AFTER_A_STEP)
 
 
 class FakeMesh:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -519,3 +520,53 @@ def test_weights_that_are_missing_or_cut_short(lora, content, tmp_path) -> None:
     with pytest.raises(FitRLError, match=tmp_path.name):
         load_weights(policy, tmp_path)
     assert torch.equal(logits_of(policy), before)
+
+
+# -- devices ----------------------------------------------------------------------------------------------------------
+
+
+class Elsewhere(TorchFunctionMode):
+    """As a default device that rounds and draws in a way of its own: what no device is named for is made there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: set[int] = set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func is torch.empty and kwargs.get("device") is None:
+            self.made.add(out.data_ptr())
+        elif func is torch.arange and kwargs.get("device") is None and out.is_floating_point():
+            return torch.nextafter(out, torch.full_like(out, torch.inf))
+        elif func in (torch.nn.init.kaiming_uniform_, torch.Tensor.uniform_) and out.data_ptr() in self.made:
+            with torch.no_grad():
+                out.neg_()
+        return out
+
+
+def everything_in(policy) -> dict[str, torch.Tensor]:
+    return dict(policy.network.named_parameters()) | dict(policy.network.named_buffers())
+
+
+@pytest.mark.parametrize("lora", [None, LoraSettings(rank=4)])
+def test_a_policy_is_the_same_on_whatever_device_it_is_loaded(lora) -> None:
+    """One device loads it where it trains, FSDP2 on the host: frequencies and adapters must not tell them apart."""
+    with Elsewhere():
+        assert not torch.equal(torch.arange(3, dtype=torch.float32), torch.arange(3.0, device="cpu"))
+        elsewhere = load_policy("tiny", lora)
+    on_host = everything_in(load_policy("tiny", lora))
+    assert any("inv_freq" in name for name in on_host)
+    for name, tensor in everything_in(elsewhere).items():
+        assert torch.equal(tensor, on_host[name]), name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("lora", [None, LoraSettings(rank=4)])
+def test_a_policy_is_the_same_on_a_gpu(lora) -> None:
+    with torch.device("cuda"):
+        there = everything_in(load_policy("tiny", lora))
+    on_host = everything_in(load_policy("tiny", lora))
+    for name, tensor in there.items():
+        assert tensor.device.type == "cuda"
+        assert torch.equal(tensor.cpu(), on_host[name]), name

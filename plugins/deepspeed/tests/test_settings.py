@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import builtins
-from types import SimpleNamespace
 from typing import Any
 
 import lightning
 import pytest
-import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 
 import fitrl
@@ -87,14 +85,6 @@ def test_moments_that_cannot_be_cut_and_other_clipping_are_refused() -> None:
         DeepSpeedTrainer(accelerator="cpu", devices=2, gradient_clip_val=1.0, gradient_clip_algorithm="value")
     with pytest.raises(fitrl.FitRLError, match="compile=True"):
         DeepSpeedTrainer(accelerator="cpu", devices=2, zero_stage=3, compile=True)
-
-
-def test_adapters_in_stage_3_are_refused_on_gpus(monkeypatch) -> None:
-    """There a gradient was wrong, see the README."""
-    monkeypatch.setattr(DeepSpeedRLStrategy, "root_device", torch.device("cuda"))
-    policy: Any = SimpleNamespace(network=torch.nn.Linear(2, 2).requires_grad_(False))
-    with pytest.raises(fitrl.FitRLError, match="zero_stage=2"):
-        DeepSpeedRLStrategy(zero_stage=3).shard(policy, precision="32-true", moments="float32", compiles=False)
 
 
 def test_it_asks_for_torchrun() -> None:

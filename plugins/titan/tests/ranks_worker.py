@@ -18,6 +18,7 @@ from fitrl.demo import TASKS, correct
 from fitrl_titan import TitanTrainer
 from samples import make_groups
 
+ACCELERATOR = os.environ.get("FITRL_TEST_ACCELERATOR", "cpu")
 TENSOR, CONTEXT = {"tensor_parallel_size": 2}, {"context_parallel_size": 2}
 # each way once, and what changes the way to the same gradient
 CASES: dict[str, dict[str, Any]] = {
@@ -58,7 +59,9 @@ def _numbers(trainer: Any, model: fitrl.TrainableModel, seed: int, **arguments: 
 
 
 def trainer_of(**options: Any) -> TitanTrainer:
-    return TitanTrainer(accelerator="cpu", devices=2, gradient_clip_val=0.5, enable_model_summary=False, **options)
+    return TitanTrainer(
+        accelerator=ACCELERATOR, devices=2, gradient_clip_val=0.5, enable_model_summary=False, **options
+    )
 
 
 def model_of(root: Path, project: str, name: str) -> fitrl.TrainableModel:

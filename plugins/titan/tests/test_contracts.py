@@ -34,13 +34,14 @@ WAYS: dict[str, dict[str, int]] = {
     "Context": {"context_parallel_size": 2},
 }
 EVERYTHING = os.environ.get("FITRL_TITAN_ALL") == "1"
+ACCELERATOR = os.environ.get("FITRL_TEST_ACCELERATOR", "cpu")
 CHOSEN = ("TestFitRLContext", "TestUnderLightningData", "TestVerbsTensor")
 
 
 def new_trainer(way: str, setup: Setup, **options: Any) -> TitanTrainer:
     return TitanTrainer(
         **WAYS[way],
-        accelerator="cpu",
+        accelerator=ACCELERATOR,
         devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         lr_schedule=setup.lr_schedule,
         gradient_clip_val=setup.gradient_clip_val,
@@ -71,6 +72,7 @@ class FitRL(SupportsFitRLContract):
 
 
 class UnderLightning(LightningContract, LightningFitRLContract):
+    accelerator = ACCELERATOR
     way: str
 
     def strategy(self, folder: Path) -> TitanStrategy:

@@ -20,13 +20,13 @@ from distributed.launch import environment, standalone
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-from ranks_worker import CASES, RESUMED, Squared, _numbers, model_of, teach  # noqa: E402
+from ranks_worker import ACCELERATOR, CASES, RESUMED, Squared, _numbers, model_of, teach  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
 
 def local() -> fitrl.LocalTrainer:
-    return fitrl.LocalTrainer(accelerator="cpu", devices=1, gradient_clip_val=0.5, enable_model_summary=False)
+    return fitrl.LocalTrainer(accelerator=ACCELERATOR, devices=1, gradient_clip_val=0.5, enable_model_summary=False)
 
 
 @pytest.fixture(scope="module")

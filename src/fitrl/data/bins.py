@@ -39,7 +39,8 @@ def assign(
         prefixes: of all histories of all samples, one sample after the other; None: nothing is shared.
         max_tokens: most positions in a microbatch.
         num_batches: exactly so many, where there are as many samples; `max_tokens` is not looked at.
-        multiple_of: with `max_tokens`, rather more microbatches than a number that this does not divide.
+        multiple_of: with `max_tokens`, rather more microbatches than a number that this does not divide, and of about
+            equal size.
 
     Raises:
         InvalidArgumentError: a sample takes more than `max_tokens` positions.
@@ -58,7 +59,8 @@ def assign(
     if num_batches is not None:
         return balance(samples, num_batches)
     bins = first_fit(samples, max_tokens, layout)
-    if len(bins) % multiple_of:
+    # ranks wait for the one with most to do; rows of about one length are worth more where shorter ones are padded
+    if len(bins) % multiple_of or (multiple_of > 1 and layout != "padded"):
         spread = balance(samples, _round_up(len(bins), multiple_of))
         if all(_fits([samples[index] for index in indices], max_tokens, layout) for indices in spread):
             return spread
@@ -81,7 +83,7 @@ class _Line:
         if num_batches is None:
             bins = self._fill(most)
             count = _round_up(len(bins), multiple_of)
-            if count == len(bins) or count > len(self._order):
+            if multiple_of == 1 or count > len(self._order):
                 return bins
         else:
             most, count = self._size, min(num_batches, len(self._order))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-from fitrl.data.json_lines import number_from_json, number_to_json
+from fitrl.data.json_lines import number_from_json, numbers_to_json
 
 Message: TypeAlias = dict[str, Any]
 Tool: TypeAlias = dict[str, Any]
@@ -123,7 +123,7 @@ class Completion:
             "message": self.message,
             "token_ids": None if self.token_ids is None else list(self.token_ids),
             "token_bytes": None if self.token_bytes is None else [list(raw) for raw in self.token_bytes],
-            "logprobs": None if self.logprobs is None else [number_to_json(value) for value in self.logprobs],
+            "logprobs": None if self.logprobs is None else numbers_to_json(self.logprobs),
             "temperature": self.temperature,
             "prompt_ids": None if self.prompt_ids is None else list(self.prompt_ids),
             "finish_reason": self.finish_reason,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from fitrl.errors import DataError
@@ -21,6 +21,11 @@ def number_to_json(value: float) -> float | str:
     if math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def numbers_to_json(values: Sequence[float]) -> list[float | str]:
+    """Many numbers, of which most often all are finite."""
+    return list(values) if all(map(math.isfinite, values)) else [number_to_json(value) for value in values]
 
 
 def number_from_json(value: float | str) -> float:

@@ -55,8 +55,8 @@ def pack(
         samples: trajectories.
         max_tokens: most positions in a microbatch, padding included, shared ones once; None: one microbatch.
         num_batches: exactly so many microbatches instead, of about equal size.
-        multiple_of: with `max_tokens`, rather some more microbatches than a number that this does not divide, so that
-            each of so many ranks has work.
+        multiple_of: with `max_tokens`, rather some more microbatches than a number that this does not divide, and of
+            about equal size, so that each of so many ranks has as much work.
         layout: "auto" takes, per microbatch, the one that costs the transformer less arithmetic; "shared" is packed,
             with every common prefix held once.
         share_prefixes: whether "auto" may share prefixes, where that saves enough; the policy has to be able to.

@@ -83,7 +83,10 @@ def load_policy(
     weights: Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Policy:
-    """Load a policy to CPU in float32, dropout off.
+    """Load a policy in float32, dropout off: to the CPU, or to what is torch's default device around the call.
+
+    Wherever that is, its numbers are the same: a GPU would round rotary frequencies in another way, and draw others for
+    the random half of adapters.
 
     Args:
         base_model: hub id, local folder, GGUF file or "tiny".
@@ -99,10 +102,12 @@ def load_policy(
 
     is_adapter_folder = weights is not None and (weights / "adapter_config.json").is_file()
     folder, options = resolve_base_model(base_model) if weights is None or is_adapter_folder else (str(weights), {})
+    device = torch.empty(0).device
+    to = {} if device.type == "cpu" else {"device_map": device}
     try:
-        with _no_progress_bars():
+        with _no_progress_bars(), torch.device("cpu"):
             network: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, **options, **(_dequantized() if "gguf_file" in options else {})
+                folder, dtype=torch.float32, **to, **options, **(_dequantized() if "gguf_file" in options else {})
             )
     except (OSError, ValueError, SafetensorError, struct.error) as error:
         if weights is not None and not is_adapter_folder:
@@ -279,8 +284,8 @@ def _with_adapters(network: PreTrainedModel, lora: LoraSettings) -> Any:
         bias="none",
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(lora.seed)
+    with torch.random.fork_rng(devices=()), torch.device("cpu"):
+        torch.default_generator.manual_seed(lora.seed)
         try:
             return get_peft_model(network, config)
         except ValueError as error:

@@ -87,9 +87,6 @@ class DeepSpeedRLStrategy(PolicyVerbs, ZeroStrategy):
             precision: Lightning's.
             moments: of AdamW; bitsandbytes' cannot be cut.
             compiles: whether decoder layers are compiled; in stage 3 they cannot be.
-
-        Raises:
-            UnsupportedError: one of these, or adapters in stage 3 on GPUs.
         """
         from fitrl_deepspeed import pieces
 
@@ -102,12 +99,6 @@ class DeepSpeedRLStrategy(PolicyVerbs, ZeroStrategy):
             raise UnsupportedError(
                 "compile=True with zero_stage=3: each layer's weights come and go inside of what is compiled; take "
                 "zero_stage=2, or strategy='fitrl_fsdp2'"
-            )
-        frozen = any(not parameter.requires_grad for parameter in policy.network.parameters())
-        if self.zero_stage == 3 and frozen and self.root_device.type == "cuda":
-            raise UnsupportedError(
-                "zero_stage=3 with adapters on GPUs: on two H100 the norm of a gradient came out 6 % lower than one "
-                "process's, and why is not known yet; take zero_stage=2, or strategy='fitrl_fsdp2'"
             )
         config = self.full_config()
         if self.zero_stage == 3:
