@@ -268,8 +268,11 @@ class _Rollouts:
         assert data.trainer is not None
         step = data.trainer.global_step
         for draw in range(_MAX_FLAT_DRAWS):
-            chosen = random.Random(f"{data.seed}/{step}/{draw}").sample(self._tasks, data.tasks_per_step)
-            groups = data.newest_groups(step) if data.max_steps_off_policy else data.groups(chosen, step)
+            if data.max_steps_off_policy:
+                groups = data.newest_groups(step)
+            else:
+                chosen = random.Random(f"{data.seed}/{step}/{draw}").sample(self._tasks, data.tasks_per_step)
+                groups = data.groups(chosen, step)
             batches = data.batches(groups, self._per_step, train=True)
             if batches:
                 return batches

@@ -49,9 +49,9 @@ class RolloutPipeline:
             sampler answers all attempts of a step as one batch (max_concurrency=None).
         agent: see `rollout`. Completions of a client of its own have to say their `version`.
         model: whose run folder keeps what was finished and handed out, so that a run that was killed goes on with it:
-            no group is lost or trained twice. Open it (`trainer.open`) before the first batch. A batch that cannot be
-            trained on is handed out again by each next process: `<run>/pipeline` may be deleted to begin anew. None:
-            in memory.
+            no group is lost or trained twice. Open it (`trainer.open`) before the first batch. What no checkpoint
+            holds yet is kept, so save now and then. A batch that cannot be trained on is handed out again by each next
+            process: `<run>/pipeline` may be deleted to begin anew. None: in memory.
         max_concurrency: how many attempts run at once; None: all.
         max_resamples_of_flat_groups: how often a group whose rewards are all equal makes way for another task; after
             that it is handed out as it is, and `fit_rl` drops it.
@@ -59,7 +59,8 @@ class RolloutPipeline:
             each token has its version. "restart": they begin again, and all tokens of a trajectory have one version.
         max_retries: how often an attempt that raises or takes too long is made again.
         max_failed_groups: how many groups in a row may be dropped because an attempt failed for good.
-        attempt_timeout_s: longest an attempt may take, in seconds; None: forever.
+        attempt_timeout_s: longest an attempt may take, in seconds, its time in the sampler's queue included; then it has
+            failed. The default, an hour, is for what hangs, and longer than any one attempt should take. None: forever.
         max_new_tokens: longest answer, in tokens.
         temperature: sampling temperature.
         top_p: see `Sampler.sample`.
@@ -97,7 +98,7 @@ class RolloutPipeline:
         on_weight_change: OnWeightChange = "continue",
         max_retries: int = 2,
         max_failed_groups: int = 8,
-        attempt_timeout_s: float | None = None,
+        attempt_timeout_s: float | None = 3600.0,
         max_new_tokens: int = 256,
         temperature: float = 1.0,
         top_p: float = 1.0,
@@ -231,7 +232,11 @@ class RolloutPipeline:
 
     @property
     def dropped(self) -> dict[str, int]:
-        """Why groups were dropped and how many, in all: "stale", "failed"."""
+        """Why groups were dropped and how many, in all.
+
+        "stale": too far behind, or of weights that were given up. "failed": an attempt failed for good, or the run went
+        back to a checkpoint twice from the same batch.
+        """
         counts = {"stale": self._counts["groups_dropped_stale"], "failed": self._counts["groups_dropped_failed"]}
         return {reason: count for reason, count in counts.items() if count}
 

@@ -9,6 +9,7 @@ done, those of one more. So nothing is begun that could only be stale, and what 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import Sequence
 
@@ -21,6 +22,7 @@ from fitrl.rollout.ledger import Ledger
 from fitrl.rollout.sampler import Sampler
 from fitrl.rollout.versions import Versions, group_versions
 
+_log = logging.getLogger(__name__)
 _COUNTED = (
     "groups_dropped_stale",
     "groups_dropped_failed",
@@ -105,7 +107,7 @@ class Supply:
         """The next batch: one that a killed process was handed and did not train, or the oldest that are finished."""
         self._is_training = False
         self._look()
-        self._ledger.look_back()
+        self._counts["groups_dropped_failed"] += self._ledger.look_back()
         if self._ledger.replays:
             return self._ledger.hand_out_again()
         self._drop_stale()
@@ -148,7 +150,9 @@ class Supply:
             self._failed_in_a_row.clear()
         except GaveUp as error:
             self._drop(slot.number, "failed")
-            self._failed_in_a_row.append(error.__cause__ or error)
+            why = error.__cause__ or error
+            _log.warning("a group was dropped, because an attempt failed for good: %s: %s", type(why).__name__, why)
+            self._failed_in_a_row.append(why)
             if self._broken is None and len(self._failed_in_a_row) > self._max_failed_groups:
                 last = self._failed_in_a_row[-1]
                 self._broken = GroupError(
