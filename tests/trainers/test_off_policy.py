@@ -64,7 +64,9 @@ def test_stale_tokens_are_weighed_by_trainer_over_sampler_up_to_a_cap(tmp_path) 
     assert result.metrics["mismatch/kl"] == pytest.approx(sum(gaps) / len(gaps), abs=1e-5)
     assert abs(result.metrics["mismatch/kl"]) > 1e-3
     whole = torch.tensor(gaps).neg().exp()
-    assert result.metrics["mismatch/ess"] == pytest.approx(float(whole.sum() ** 2 / (whole**2).sum() / len(gaps)), abs=1e-5)
+    assert result.metrics["mismatch/ess"] == pytest.approx(
+        float(whole.sum() ** 2 / (whole**2).sum() / len(gaps)), abs=1e-5
+    )
     assert result.metrics["mismatch/ess"] < 0.99
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None

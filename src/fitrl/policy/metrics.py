@@ -142,8 +142,8 @@ def derive(raw: Mapping[str, float]) -> dict[str, float]:
 
     `ratio/ess` is the effective sample size `(sum r)^2 / sum r^2` divided by the number of tokens;
     `mismatch/kl` the mean of o - p; `mismatch/prob_corr` Pearson's correlation of exp(o) and exp(p); `mismatch/ess` the
-    effective sample size of the weights exp(p - o), likewise: where old logprobs are recomputed, it is this one, and not
-    `ratio/ess`, that falls as the tokens go stale.
+    effective sample size of the weights exp(p - o), likewise. Where old logprobs are recomputed, this one falls as the
+    tokens go stale, and `ratio/ess` does not.
     """
     out: dict[str, float] = {}
     steps = raw.get("step_count", 0.0)

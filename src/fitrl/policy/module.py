@@ -297,7 +297,7 @@ class PolicyModule(lightning.LightningModule):
         return torch.cat(logprobs)
 
     def observe(self, metrics: dict[str, float]) -> None:
-        """Take host-side metrics of the running epoch; of several the mean is told, or the most where they are maxima."""
+        """Take host-side metrics of the running epoch; of several their mean is told, of maxima the highest."""
         self._observed.append(metrics)
         keys = dict.fromkeys(key for seen in self._observed for key in seen)
         self.host_metrics = {}

@@ -5,19 +5,20 @@
 
 A file is written under a temporary name, flushed and renamed. `queue.json` alone says what was handed out, so a crash
 at any moment leaves the state before or the state after. A batch is kept until a checkpoint holds what was learned from
-it: a run that goes back to an older checkpoint is handed the same batches again, the one that it went back from too, but
-for one that it goes back from twice in the same process. A batch that could not be trained on at the step of the newest
-checkpoint is handed out again by the next process, and not by the same one. One that a call was stopped in the middle of
-counts as trained on. Groups that were under way are begun again.
+it: a run that goes back to an older checkpoint is handed the same batches again, also the one that it could not be
+trained on, unless it has gone back from that one before, in the same process. One that could not be trained on at the
+step of the newest checkpoint is handed out again by the next process, and not by the same one. One that a call was
+stopped in the middle of counts as trained on. Groups that were under way are begun again.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from fitrl.data.groups import TrajectoryGroup
 from fitrl.errors import CheckpointError, DataError
@@ -132,6 +133,15 @@ class Ledger:
             self._replay()
         return left_out
 
+    def state(self) -> dict[str, Any]:
+        """Which numbers are done: handed out or dropped; and the versions."""
+        return {"floor": self._floor, "done": sorted(self._done), "versions": list(self.versions)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state` said."""
+        self._floor, self._done = int(state["floor"]), set(state["done"])
+        self.versions = list(state["versions"])
+
     def _replay(self) -> None:
         """Have the batches handed out again that the weights as they are were not trained on, all of them the last."""
         assert self._model is not None
@@ -156,12 +166,7 @@ class Ledger:
         """Write the books with these batches, then delete the groups that are in none of them and done."""
         assert self._folder is not None
         gone = self._dropped.union(*(batch.numbers for batch in self._batches))
-        state = {
-            "floor": self._floor,
-            "done": sorted(self._done),
-            "versions": self.versions,
-            "batches": [asdict(batch) for batch in batches],
-        }
+        state = self.state() | {"batches": [asdict(batch) for batch in batches]}
         _write(self._folder / "queue.json", json.dumps(state) + "\n")
         self._batches, self._dropped = batches, set()
         for number in gone.difference(*(batch.numbers for batch in batches)):
@@ -173,8 +178,7 @@ class Ledger:
         if path.is_file():
             try:
                 state = json.loads(path.read_text())
-                self._floor, self._done = int(state["floor"]), set(state["done"])
-                self.versions = list(state["versions"])
+                self.load_state(state)
                 self._batches = [_Batch(**batch) for batch in state["batches"]]
             except (OSError, ValueError, TypeError, KeyError) as error:
                 raise CheckpointError(f"{path} cannot be read ({error!r}): delete its folder to begin anew") from error

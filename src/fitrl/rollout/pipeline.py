@@ -12,10 +12,10 @@ import asyncio
 import functools
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from fitrl.data import ranks
 from fitrl.data.groups import TrajectoryGroup
@@ -59,8 +59,8 @@ class RolloutPipeline:
             each token has its version. "restart": they begin again, and all tokens of a trajectory have one version.
         max_retries: how often an attempt that raises or takes too long is made again.
         max_failed_groups: how many groups in a row may be dropped because an attempt failed for good.
-        attempt_timeout_s: longest an attempt may take, in seconds, its time in the sampler's queue included; then it has
-            failed. The default, an hour, is for what hangs, and longer than any one attempt should take. None: forever.
+        attempt_timeout_s: longest an attempt may take, in seconds, its wait for the sampler included; then it has
+            failed. The default, an hour, is longer than an attempt should take, and ends one that hangs. None: forever.
         max_new_tokens: longest answer, in tokens.
         temperature: sampling temperature.
         top_p: see `Sampler.sample`.
@@ -169,6 +169,7 @@ class RolloutPipeline:
             counts=self._counts,
         )
         self._supply: Supply | None = None  # opened when the first batch is asked for
+        self._stands: dict[str, Any] = {}
         self._asked = threading.Lock()
         self._closed = False
 
@@ -247,6 +248,25 @@ class RolloutPipeline:
         """
         return self._draws.of_step(step)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Which groups were handed out or dropped, for a checkpoint of the training that they are for.
+
+        With `model=` the run folder keeps that, and more. Empty before the first batch, and on ranks without rollouts.
+        """
+        return dict(self._stands) if self._supply is None else self._loop.wait_for(self._supply.state())
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Begin with the first group that was not; the others are sampled anew.
+
+        Raises:
+            SessionError: a batch was handed out already, or the run folder says where the pipeline stands.
+        """
+        if not state_dict:
+            return
+        if self._supply is not None or self._open.keywords["model"] is not None:
+            raise SessionError("load_state_dict is for a new pipeline without model=")
+        self._stands = dict(state_dict)
+
     def close(self) -> None:
         """Stop what is under way and end the thread; a run folder keeps what was finished."""
         self._closed = True
@@ -273,6 +293,7 @@ class RolloutPipeline:
     async def _next(self) -> list[TrajectoryGroup]:
         if self._supply is None:
             self._supply = self._open()
+            self._supply.load(self._stands)
         return await self._supply.next_batch()
 
     def _received(self) -> None:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fitrl.data.groups import TrajectoryGroup
 from fitrl.errors import GroupError
@@ -98,6 +99,16 @@ class Supply:
                 self._tell(self._owed)
                 self._begin_groups()
             return self._owed
+
+    async def state(self) -> dict[str, Any]:
+        """What `Ledger.state` says, of a moment."""
+        return self._ledger.state()
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Begin where another one stood; nothing: anew."""
+        if state:
+            self._ledger.load_state(state)
+            self._versions = Versions(self._max_steps_off_policy + 1, self._ledger.versions)
 
     def received(self) -> None:
         """Note that the batch has come to whoever asked."""
