@@ -111,7 +111,7 @@ class Rollouts:
         given = [name for name, value in self._beside.items() if value != defaults[name].default]
         if given and not max_steps_off_policy:
             raise InvalidArgumentError(
-                f"rollout.{given[0]} has no effect with rollout.max_steps_off_policy=0: nothing is sampled beside training"
+                f"rollout.{given[0]} has no effect with max_steps_off_policy=0: nothing is sampled beside training"
             )
 
     def draw(self, seed: int, call: int) -> tuple[list[Any], int]:
