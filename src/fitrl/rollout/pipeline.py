@@ -188,6 +188,7 @@ class RolloutPipeline:
             GroupError: more than `max_failed_groups` groups in a row were dropped because an attempt failed for good.
             CheckpointError: the queue in the run folder cannot be read or written.
             DataError: a group that the run folder cannot hold.
+            SamplerError: with `model=`: the sampler was not given the newest weights.
             SessionError: the pipeline was closed, or is being asked already.
         """
         failure: Exception | None = None

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fitrl.data.groups import TrajectoryGroup
-from fitrl.errors import GroupError
+from fitrl.errors import GroupError, SamplerError
 from fitrl.policy.model import TrainableModel
 from fitrl.rollout.attempts import Attempts, GaveUp, Slot
 from fitrl.rollout.idle import IdleTime
@@ -62,6 +62,7 @@ class Supply:
     ) -> None:
         self.metrics: dict[str, float] = {}
         self._sampler = sampler
+        self._model = model
         self._attempts = attempts
         self._groups_per_step = groups_per_step
         self._max_steps_off_policy = max_steps_off_policy
@@ -87,6 +88,7 @@ class Supply:
             GroupError: too many groups in a row were dropped because an attempt failed for good.
             CheckpointError: the books cannot be written.
             DataError: a group that they cannot hold.
+            SamplerError: the sampler was not given the newest weights.
         """
         async with self._asking:
             if self._owed is None:
@@ -136,6 +138,11 @@ class Supply:
     def _look(self) -> None:
         """See which weights answer; where the policy went back, what is under way has tokens of the ones given up."""
         version = self._sampler.version
+        if self._model is not None and version < self._model.step:
+            raise SamplerError(
+                f"the sampler answers with version {version} of the weights, the policy is at step {self._model.step}: "
+                "it has to take the new ones after each step; a service's does when trainer.sampler(model) is asked for"
+            )
         if self._versions.gives_up(version):
             for slot in list(self._slots.values()):
                 if slot.oldest is not None:
