@@ -146,6 +146,7 @@ def test_engines_killed_in_mid_rollout_lose_and_double_nothing(tied, server, tmp
             if result.step == 6:
                 break
         assert server.num_starts == starts + 2 and sampler.version == 6
+    server.stop()  # it is this test's own since it was started again
     assert len(set(handed)) == len(handed) == 6 * 4
     assert pipeline.dropped.keys() <= {"stale"}  # nothing failed
     assert max(handed) < len(handed) + pipeline.dropped.get("stale", 0) + 8  # some are under way or wait at the end
