@@ -566,6 +566,9 @@ def test_a_new_one_goes_on_with_the_groups_that_were_not_handed_out() -> None:
     ("options", "says"),
     [
         ({"tasks": []}, "tasks is empty"),
+        ({"tasks": iter(["1"])}, "tasks must be a list, .*got list_iterator"),
+        ({"tasks": {"prompt": "1"}}, "tasks must be a list, .*got dict"),
+        ({"max_steps_off_policy": 0.5}, "max_steps_off_policy must be a whole number, got 0.5"),
         ({"group_size": 0}, "group_size must be at least 1"),
         ({"groups_per_step": 0}, "groups_per_step"),
         ({"max_steps_off_policy": -1}, "max_steps_off_policy must be at least 0"),

@@ -106,6 +106,10 @@ class RolloutPipeline:
         stop: Sequence[str] = (),
         seed: int = 0,
     ) -> None:
+        if isinstance(tasks, str | Mapping) or not hasattr(tasks, "__len__"):
+            raise InvalidArgumentError(
+                f"tasks must be a list, to be attempted again and again, got {type(tasks).__name__}"
+            )
         if not len(tasks):
             raise InvalidArgumentError("tasks is empty: there is nothing to attempt")
         for name, value, least in (
@@ -117,6 +121,8 @@ class RolloutPipeline:
             ("max_retries", max_retries, 0),
             ("max_failed_groups", max_failed_groups, 0),
         ):
+            if not isinstance(value, int):
+                raise InvalidArgumentError(f"{name} must be a whole number, got {value!r}")
             if value < least:
                 raise InvalidArgumentError(f"{name} must be at least {least}, got {value}")
         if attempt_timeout_s is not None and not attempt_timeout_s > 0:
