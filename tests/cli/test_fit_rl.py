@@ -170,6 +170,20 @@ def test_a_run_is_resumed_and_ends_where_an_undisturbed_one_does(config, capsys)
     assert "nothing left to do" in capsys.readouterr().out and calls(run) == [1, 2, 3]
 
 
+def test_a_run_goes_asynchronous_by_one_line_and_is_resumed(config) -> None:
+    path = str(REPOSITORY / "configs/smoke/asynchronous.yaml")
+    fit("--config", path, "--progress", "false", "--steps", "3")
+    [run] = runs()
+    fit("--resume", str(run), "--steps", "5")
+    assert calls(run) == [1, 2, 3, 4, 5]
+    numbers = [group.metadata["number"] for step in range(1, 6) for group in groups_of(run, step)]
+    assert len(set(numbers)) == len(numbers) == 5 * 16
+    told = [json.loads(line)["metrics"] for line in (run / "history.jsonl").read_text().splitlines()]
+    assert max(metrics["off_policy/steps_max"] for metrics in told) == 1.0 and "pipeline/queue_depth" in told[0]
+    smoke, ours = (yaml.safe_load((REPOSITORY / "configs/smoke" / name).read_text()) for name in ("local.yaml", path))
+    assert ours["rollout"] == smoke["rollout"] | {"max_steps_off_policy": 1}
+
+
 def test_a_resumed_run_may_have_another_configuration_or_root(config, tmp_path) -> None:
     fit("--config", "x.yaml", "--model.root", "elsewhere", "--steps", "1")
     [run] = Path("elsewhere/smoke").glob("*")
@@ -265,6 +279,11 @@ MISTAKES = {
     "tasks that need arguments": (["--rollout.tasks", "fitrl.demo:correct"], "cannot be called without arguments"),
     "no such file of tasks": (["--rollout.tasks", "nowhere.jsonl"], "there is no file nowhere.jsonl"),
     "more tasks than there are": (["--rollout.tasks_per_step", "101"], "between 1 and the number of tasks, 100"),
+    "asynchronous options without it": (
+        ["--rollout.max_retries", "3"], "rollout.max_retries has no effect with max_steps_off_policy=0"),
+    "synchronous options beside training": (
+        ["--rollout.max_steps_off_policy", "1", "--rollout.max_exceptions", "2"], "see rollout.max_retries"),
+    "steps that are less than none": (["--rollout.max_steps_off_policy", "-1"], "must be at least 0, got -1"),
     "no such run": (["--resume", "smoke/nowhere"], "'smoke/nowhere' is neither a run folder"),
     "another trainer's strategy": (["--trainer.strategy", "ddp"], "a PolicyVerbs, got DDPStrategy"),
     "what Lightning refuses": (["--trainer.devices", "x"], "trainer.devices|devices"),

@@ -30,6 +30,7 @@ POLICY_METRICS = {
     "ratio/clip_fraction_high",
     "ratio/ess",
     "mismatch/kl",
+    "mismatch/ess",
     "mismatch/prob_corr",
 }
 
@@ -300,6 +301,8 @@ def test_mismatch_is_numpys(seed: int, tokens: int, noise: float) -> None:
         assert found == {}
         return
     assert found["mismatch/kl"] == pytest.approx(np.mean(o[known] - p[known]), rel=1e-9, abs=1e-12)
+    weights = np.exp(p[known] - o[known])
+    assert found["mismatch/ess"] == pytest.approx(weights.sum() ** 2 / (weights**2).sum() / known.sum(), rel=1e-9)
     x, y = np.exp(o[known]), np.exp(p[known])
     if known.sum() > 2 and x.std() * y.std() > 1e-6:
         assert found["mismatch/prob_corr"] == pytest.approx(np.corrcoef(x, y)[0, 1], rel=1e-6, abs=1e-8)
@@ -308,7 +311,7 @@ def test_mismatch_is_numpys(seed: int, tokens: int, noise: float) -> None:
 def test_mismatch_of_the_same_policy_is_none() -> None:
     logprobs = torch.tensor([-0.1, -1.0, -3.0])
     assert derived_mismatch(logprobs, logprobs, [True] * 3) == pytest.approx(
-        {"mismatch/kl": 0.0, "mismatch/prob_corr": 1.0}
+        {"mismatch/kl": 0.0, "mismatch/prob_corr": 1.0, "mismatch/ess": 1.0}
     )
 
 
@@ -358,7 +361,9 @@ def test_a_call_joins_its_totals_and_starts_anew() -> None:
         call.steps.update(scalars(grad_norm=2.0, learning_rate=0.5, step_count=1.0))
     call.mismatch.update(mismatch(torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -2.0]), torch.ones(2).bool()))
     wanted = {"loss/train": 1.5, "loss/policy": 1.0, "loss/grad_norm": 2.0, "loss/learning_rate": 0.5}
-    assert call.compute() == pytest.approx(wanted | {"mismatch/kl": -0.25, "mismatch/prob_corr": 1.0})
+    wanted |= {"mismatch/kl": -0.25, "mismatch/prob_corr": 1.0}
+    wanted["mismatch/ess"] = (math.exp(0.5) + 1) ** 2 / (math.exp(1.0) + 1) / 2
+    assert call.compute() == pytest.approx(wanted)
     call.reset(torch.device("cpu"))
     assert call.compute() == {}
 

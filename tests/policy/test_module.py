@@ -84,6 +84,12 @@ def test_fit_beside_rollouts_that_are_a_step_behind(strategy, module) -> None:
     assert "fitrl-pipeline" in threads  # and is ended, as every test is checked for
 
 
+def test_of_what_is_observed_the_mean_is_told_and_the_highest_of_maxima(module) -> None:
+    for behind in (0.0, 1.0, 1.0, 0.0):
+        module.observe({"off_policy/steps_mean": behind, "off_policy/steps_max": behind})
+    assert module.host_metrics == {"off_policy/steps_mean": 0.5, "off_policy/steps_max": 1.0}
+
+
 def test_rollouts_beside_a_fit_end_with_it_when_it_fails(module) -> None:
     class Fail(lightning.Callback):
         def on_train_batch_end(self, *args) -> None:
@@ -92,6 +98,22 @@ def test_rollouts_beside_a_fit_end_with_it_when_it_fails(module) -> None:
     data = fitrl.RolloutDataModule(TASKS, correct, group_size=4, max_new_tokens=4, max_steps_off_policy=1)
     with pytest.raises(OSError, match="no space"):
         lightning.Trainer(callbacks=[Fail()], max_epochs=1, **STOCK).fit(module, datamodule=data)
+
+
+def test_a_fit_that_is_resumed_goes_on_with_groups_that_it_was_not_trained_on(tmp_path) -> None:
+    floors = []
+    for epochs in (1, 2):
+        model = fitrl.TrainableModel("module", "tests", "tiny", lora=None, root=tmp_path)
+        data = fitrl.RolloutDataModule(
+            TASKS, correct, tasks_per_step=6, group_size=4, steps_per_epoch=3, max_new_tokens=4, max_steps_off_policy=1
+        )
+        trainer = lightning.Trainer(strategy="fitrl_local", max_epochs=epochs, **STOCK)
+        path = tmp_path / "last.ckpt"
+        trainer.fit(PolicyModule(model, learning_rate=1e-4), datamodule=data, ckpt_path=path if epochs == 2 else None)
+        trainer.save_checkpoint(path)
+        state = data.state_dict()
+        floors.append(state["floor"] + len(state["done"]))
+    assert floors == [18, 36]  # six groups a step, and none twice
 
 
 def test_every_draw_flat_is_an_error_that_says_so(module) -> None:
@@ -107,8 +129,8 @@ def test_data_module_arguments() -> None:
         fitrl.RolloutDataModule(TASKS, correct, group_size=0)
     with pytest.raises(InvalidArgumentError, match="max_steps_off_policy"):
         fitrl.RolloutDataModule(TASKS, correct, max_steps_off_policy=-1)
-    with pytest.raises(InvalidArgumentError, match="no effect with max_steps_off_policy=0"):
-        fitrl.RolloutDataModule(TASKS, correct, max_concurrency=4)
+    with pytest.raises(InvalidArgumentError, match="max_concurrency and on_weight_change have no effect"):
+        fitrl.RolloutDataModule(TASKS, correct, max_concurrency=4, on_weight_change="restart")
 
 
 def test_kl_and_truncated_importance_sampling_need_fit_rl(tmp_path) -> None:

@@ -107,6 +107,25 @@ def test_a_run_that_goes_back_while_its_batches_are_replayed_is_handed_them_from
     assert replays(books) == [[1], [2], [3]]
 
 
+def test_a_batch_that_the_run_goes_back_from_twice_is_left_out(model) -> None:
+    books = Ledger(model, keeps_waiting=True)
+    for step in range(3):
+        model.step = step
+        books.keep(step, one(step))
+        books.hand_out({step: one(step)}, [step])
+    model.step = 1  # the newest checkpoint: the last batch could not be trained on
+    assert books.look_back() == 0 and replays(books) == [[1], [2]]
+    books.hand_out_again()
+    model.step = 2
+    books.hand_out_again()
+    model.step = 1  # nor could it again
+    assert books.look_back() == 1 and replays(books) == [[1]]
+    assert replays(again(model)) == [[0], [1]]  # of a process that finds no checkpoint
+    books.hand_out_again()
+    model.step = 2
+    assert books.look_back() == 0 and replays(books) == [] and books.next_number(()) == 3
+
+
 def test_a_replay_that_takes_more_steps_than_before_leaves_those_after_it_to_be_handed_out(model) -> None:
     books = Ledger(model, keeps_waiting=True)
     for step in range(2):

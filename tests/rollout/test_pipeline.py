@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 import fitrl
 from fake_sampler import WAIT_S, FakeSampler
 from fitrl.demo import TASKS, correct
-from fitrl.errors import DataError, GroupError, InvalidArgumentError, NonFiniteGradientError, SessionError
+from fitrl.errors import (
+    DataError,
+    GroupError,
+    InvalidArgumentError,
+    NonFiniteGradientError,
+    SamplerError,
+    SessionError,
+)
 from fitrl.rollout.versions import group_versions
 
 NUMBERED = [f"{number}" for number in range(1000)]
@@ -282,6 +289,18 @@ def test_an_attempt_that_hangs_has_failed_after_its_time() -> None:
         assert numbers(next(pipeline)) == [1, 2] and pipeline.dropped == {"failed": 1}
 
 
+def test_why_a_group_was_dropped_is_logged(caplog) -> None:
+    sampler = FakeSampler()
+    with make(sampler, max_steps_off_policy=0, attempt_timeout_s=0.05, max_retries=0) as pipeline:
+        hangs, fails = text_of(pipeline, 0), text_of(pipeline, 1)
+        sampler.hold(hangs)
+        sampler.fails[fails] = 1
+        assert numbers(next(pipeline)) == [2, 3]
+    told = sorted(record.getMessage() for record in caplog.records if record.name == "fitrl.rollout.supply")
+    assert len(told) == 2 and told[0].endswith(f"OSError: no answer to {fails}")
+    assert told[1].endswith("TimeoutError: an attempt took longer than attempt_timeout_s=0.05")
+
+
 def test_what_an_agent_waits_for_and_was_cancelled_is_a_failure() -> None:
     async def agent(chat, task):
         raise asyncio.CancelledError
@@ -476,10 +495,80 @@ def test_what_the_run_folder_cannot_hold_is_an_error(tmp_path) -> None:
         next(pipeline)
 
 
+@pytest.mark.parametrize("lora", [None, fitrl.LoraSettings(rank=4)])
+@pytest.mark.parametrize("every", [1, 3])
+def test_after_a_gradient_that_was_not_finite_it_goes_on_from_the_checkpoint(tmp_path, lora, every) -> None:
+    model = fitrl.TrainableModel("not-finite", "p", "tiny", lora=lora, root=tmp_path)
+    with fitrl.LocalTrainer(accelerator="cpu", devices=1, enable_model_summary=False) as trainer:
+        sampler = trainer.sampler(model, own_weights=True)
+        options = {
+            "reward": Rising(),
+            "group_size": 2,
+            "groups_per_step": 3,
+            "max_new_tokens": 3,
+            "max_failed_groups": 0,
+        }
+        trained: dict[int, list[int]] = {}
+        spoiled = 0
+        with fitrl.RolloutPipeline(sampler, TASKS, model=model, **options) as pipeline:
+            for groups in pipeline:
+                step = model.step
+                if step == 4 and not spoiled:
+                    spoiled = 1
+                    with torch.no_grad():
+                        next(p for p in trainer.lightning_module.parameters() if p.requires_grad).fill_(torch.nan)
+                    with pytest.raises(NonFiniteGradientError):
+                        trainer.fit_rl(model, groups)
+                    assert sampler.version == model.step == (4 if every == 1 else 3)
+                    same = trainer.sampler(model)
+                    said = [
+                        asyncio.run(s.sample(list(b"3+4="), n=4, seed=1, max_new_tokens=4)) for s in (sampler, same)
+                    ]
+                    assert said[0] == said[1]  # the weights of the checkpoint, on both sides
+                    continue
+                trained[step] = numbers(groups)
+                trainer.fit_rl(model, groups, learning_rate=1e-4, save_checkpoint=model.step % every == every - 1)
+                if model.step == 7:
+                    break
+        assert trainer.sampler(model, own_weights=True) is sampler
+        assert pipeline.dropped.keys() <= {"stale"}
+    handed = [number for step in range(7) for number in trained[step]]
+    assert len(set(handed)) == len(handed) == 21
+
+
+def test_a_sampler_that_was_not_given_the_newest_weights_is_noticed(tmp_path) -> None:
+    model = fitrl.TrainableModel("behind", "p", "tiny", root=tmp_path)
+    with make(FakeSampler(), model=model) as pipeline:
+        next(pipeline)
+        model.step = 1  # and nobody told the sampler
+        with pytest.raises(SamplerError, match="version 0 of the weights, the policy is at step 1"):
+            next(pipeline)
+
+
+def test_a_new_one_goes_on_with_the_groups_that_were_not_handed_out() -> None:
+    handed = []
+    state: dict = {}
+    for _ in range(3):
+        sampler = FakeSampler()
+        with make(sampler) as pipeline:
+            assert pipeline.state_dict() == {}
+            pipeline.load_state_dict(state)
+            slow = pipeline.state_dict().get("floor", 0)
+            sampler.hold(text_of(pipeline, slow))
+            handed += numbers(next(pipeline)) + numbers(next(pipeline))
+            state = pipeline.state_dict()
+            with pytest.raises(SessionError, match="a new pipeline"):
+                pipeline.load_state_dict(state)
+    assert state["floor"] == 0 and handed == list(range(1, 13))
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         ({"tasks": []}, "tasks is empty"),
+        ({"tasks": iter(["1"])}, "tasks must be a list, .*got list_iterator"),
+        ({"tasks": {"prompt": "1"}}, "tasks must be a list, .*got dict"),
+        ({"max_steps_off_policy": 0.5}, "max_steps_off_policy must be a whole number, got 0.5"),
         ({"group_size": 0}, "group_size must be at least 1"),
         ({"groups_per_step": 0}, "groups_per_step"),
         ({"max_steps_off_policy": -1}, "max_steps_off_policy must be at least 0"),

@@ -63,6 +63,11 @@ def test_stale_tokens_are_weighed_by_trainer_over_sampler_up_to_a_cap(tmp_path) 
     assert result.metrics["ratio/ess"] == pytest.approx(1.0, abs=1e-6)
     assert result.metrics["mismatch/kl"] == pytest.approx(sum(gaps) / len(gaps), abs=1e-5)
     assert abs(result.metrics["mismatch/kl"]) > 1e-3
+    whole = torch.tensor(gaps).neg().exp()
+    assert result.metrics["mismatch/ess"] == pytest.approx(
+        float(whole.sum() ** 2 / (whole**2).sum() / len(gaps)), abs=1e-5
+    )
+    assert result.metrics["mismatch/ess"] < 0.99
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None
         scale = float(parameter.grad.abs().max()) or 1.0

@@ -1,10 +1,10 @@
-"""The loop of `fitrl fit_rl`, the README's: rollout, `fit_rl`, `model.log`."""
+"""The loops of `fitrl fit_rl`, the README's: rollout or the next batch of a pipeline, `fit_rl`, `model.log`."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from fitrl.cli.config import FitRLCLI
 from fitrl.policy.model import TrainableModel
+from fitrl.rollout.pipeline import RolloutPipeline
 from fitrl.trainers.progress import RewardProgressBar
 
 CONFIG = "config.yaml"
@@ -26,8 +27,12 @@ def learn(cli: FitRLCLI) -> None:
     rewards: list[float] = []
     note = artifact = ""
     start = time.perf_counter()
-    with _no_empty_folder(model), trainer:
-        trainer.sampler(model)  # opens the run: from here on it is ours
+    pipeline: RolloutPipeline | None = None
+    with _no_empty_folder(model), trainer, ExitStack() as beside:
+        goes_ahead = cli.rollouts.max_steps_off_policy > 0
+        sampler = trainer.sampler(model, own_weights=goes_ahead)  # opens the run: from here on it is ours
+        if goes_ahead:
+            pipeline = beside.enter_context(cli.rollouts.pipeline(sampler, model=model, seed=seed))
         done, saved = calls_done(model), model.step
         if trainer.is_global_zero:
             save_config(model, cli.resolved)
@@ -35,8 +40,10 @@ def learn(cli: FitRLCLI) -> None:
             bar.completed = done
         for call in range(done + 1, steps + 1):
             begin = time.perf_counter()
-            groups = cli.rollouts.groups(trainer.sampler(model), seed=seed, call=call)
+            sampler = trainer.sampler(model, own_weights=goes_ahead)  # a service's moves to the newest weights now
+            groups = cli.rollouts.groups(sampler, seed=seed, call=call) if pipeline is None else next(pipeline)
             extra = {"loop/call": float(call), "time/rollout_s": time.perf_counter() - begin}
+            extra |= {} if pipeline is None else pipeline.metrics()
             result = trainer.fit_rl(model, groups, **cli.arguments | _saving(cli, call))
             logged = model.log(groups, metrics=result.metrics | extra, step=result.step)
             rewards.append(logged["reward/mean"])

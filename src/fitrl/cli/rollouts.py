@@ -1,7 +1,8 @@
 """The `rollout` section: tasks, reward and sampling of a run.
 
 Enters: the section's values. Leaves: the groups of a call, whose tasks and sampling are a function of (seed, number of
-the call), so that a run that is resumed goes on with what it would have had.
+the call), so that a run that is resumed goes on with what it would have had; or a `RolloutPipeline`, which keeps what
+it needs for that in the run folder.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ from typing import Any
 from fitrl.cli.imports import Named, find_object
 from fitrl.data.groups import TrajectoryGroup
 from fitrl.errors import DataError, InvalidArgumentError
+from fitrl.policy.model import TrainableModel
+from fitrl.rollout.attempts import OnWeightChange
+from fitrl.rollout.pipeline import RolloutPipeline
 from fitrl.rollout.rollout import rollout
 from fitrl.rollout.sampler import Sampler
 
 
 class Rollouts:
-    """What `fitrl.rollout` is called with.
+    """What `fitrl.rollout` is called with, or `fitrl.RolloutPipeline`.
 
     Args:
         tasks: `package.module:name` of a list or of a function that returns one, a mapping with `class_path` and
@@ -37,10 +41,17 @@ class Rollouts:
         top_k: most likely tokens to sample from; null: all.
         stop: strings that end an answer.
         max_concurrency: how many attempts run at once; null: all.
-        max_exceptions: how many attempts of a step may raise; a fraction as a float.
+        max_exceptions: how many attempts of a step may raise; a fraction as a float. Not beside training.
+        max_steps_off_policy: 0: a step's groups are sampled before it. More: beside the training of earlier steps, by a
+            RolloutPipeline, at most so many steps behind.
+        on_weight_change: of that pipeline: "continue" or "restart".
+        max_resamples_of_flat_groups: of that pipeline: how often a group whose rewards are all equal makes way.
+        max_retries: of that pipeline: how often an attempt that raises or takes too long is made again.
+        attempt_timeout_s: of that pipeline: longest an attempt may take, in seconds; null: forever.
 
     Raises:
-        InvalidArgumentError: a name that leads nowhere, or to something else than is needed.
+        InvalidArgumentError: a name that leads nowhere, or to something else than is needed, or an option that has no
+            effect with this max_steps_off_policy.
         DataError: a file of tasks that cannot be read.
     """
 
@@ -59,6 +70,11 @@ class Rollouts:
         stop: list[str] | None = None,
         max_concurrency: int | None = None,
         max_exceptions: int | float = 0,
+        max_steps_off_policy: int = 0,
+        on_weight_change: OnWeightChange = "continue",
+        max_resamples_of_flat_groups: int = 0,
+        max_retries: int = 2,
+        attempt_timeout_s: float | None = 3600.0,
     ) -> None:
         self.tasks = read_tasks(tasks)
         self.tasks_per_step = len(self.tasks) if tasks_per_step is None else tasks_per_step
@@ -76,8 +92,27 @@ class Rollouts:
             "top_k": top_k,
             "stop": stop or (),
             "max_concurrency": max_concurrency,
-            "max_exceptions": max_exceptions,
         }
+        self._max_exceptions = max_exceptions
+        self.max_steps_off_policy = max_steps_off_policy
+        self._beside: dict[str, Any] = {
+            "on_weight_change": on_weight_change,
+            "max_resamples_of_flat_groups": max_resamples_of_flat_groups,
+            "max_retries": max_retries,
+            "attempt_timeout_s": attempt_timeout_s,
+        }
+        if max_steps_off_policy < 0:
+            raise InvalidArgumentError(f"rollout.max_steps_off_policy must be at least 0, got {max_steps_off_policy}")
+        if max_steps_off_policy and max_exceptions:
+            raise InvalidArgumentError(
+                "rollout.max_exceptions has no effect with rollout.max_steps_off_policy: see rollout.max_retries"
+            )
+        defaults = inspect.signature(RolloutPipeline).parameters
+        given = [name for name, value in self._beside.items() if value != defaults[name].default]
+        if given and not max_steps_off_policy:
+            raise InvalidArgumentError(
+                f"rollout.{given[0]} has no effect with max_steps_off_policy=0: nothing is sampled beside training"
+            )
 
     def draw(self, seed: int, call: int) -> tuple[list[Any], int]:
         """The tasks of a call, and the seed of its sampling."""
@@ -87,7 +122,20 @@ class Rollouts:
     def groups(self, sampler: Sampler, *, seed: int, call: int) -> list[TrajectoryGroup]:
         """Attempt the tasks of a call."""
         tasks, sampling_seed = self.draw(seed, call)
-        return rollout(sampler, tasks, seed=sampling_seed, **self._options)
+        return rollout(sampler, tasks, seed=sampling_seed, max_exceptions=self._max_exceptions, **self._options)
+
+    def pipeline(self, sampler: Sampler, *, model: TrainableModel, seed: int) -> RolloutPipeline:
+        """Attempt the tasks beside training, with a sampler that has weights of its own."""
+        return RolloutPipeline(
+            sampler,
+            self.tasks,
+            groups_per_step=self.tasks_per_step,
+            max_steps_off_policy=self.max_steps_off_policy,
+            model=model,
+            seed=seed,
+            **self._beside,
+            **self._options,
+        )
 
 
 def read_tasks(named: Named) -> list[Any]:

@@ -123,6 +123,7 @@ def mismatch(logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> dict[s
     p = torch.where(known, logprobs.detach(), 0.0).double()
     o = torch.where(known, rollout_logprobs, 0.0).double()
     x, y = torch.where(known, o.exp(), 0.0), torch.where(known, p.exp(), 0.0)
+    weight = torch.where(known, (p - o).clamp(-20.0, 20.0).exp(), 0.0)
     return {
         "mismatch_count": known.sum(),
         "mismatch_kl_sum": (o - p).sum(),
@@ -131,6 +132,8 @@ def mismatch(logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> dict[s
         "mismatch_xx": (x * x).sum(),
         "mismatch_yy": (y * y).sum(),
         "mismatch_xy": (x * y).sum(),
+        "mismatch_weight_sum": weight.sum(),
+        "mismatch_weight_square_sum": (weight * weight).sum(),
     }
 
 
@@ -138,7 +141,9 @@ def derive(raw: Mapping[str, float]) -> dict[str, float]:
     """Public metrics from reduced raw ones; only those whose inputs are there.
 
     `ratio/ess` is the effective sample size `(sum r)^2 / sum r^2` divided by the number of tokens;
-    `mismatch/kl` the mean of o - p; `mismatch/prob_corr` Pearson's correlation of exp(o) and exp(p).
+    `mismatch/kl` the mean of o - p; `mismatch/prob_corr` Pearson's correlation of exp(o) and exp(p); `mismatch/ess` the
+    effective sample size of the weights exp(p - o), likewise. Where old logprobs are recomputed, this one falls as the
+    tokens go stale, and `ratio/ess` does not.
     """
     out: dict[str, float] = {}
     steps = raw.get("step_count", 0.0)
@@ -160,6 +165,7 @@ def derive(raw: Mapping[str, float]) -> dict[str, float]:
     count = raw.get("mismatch_count", 0.0)
     if count:
         out["mismatch/kl"] = raw["mismatch_kl_sum"] / count
+        out["mismatch/ess"] = raw["mismatch_weight_sum"] ** 2 / raw["mismatch_weight_square_sum"] / count
         mean_x, mean_y = raw["mismatch_x"] / count, raw["mismatch_y"] / count
         variance = (raw["mismatch_xx"] / count - mean_x**2) * (raw["mismatch_yy"] / count - mean_y**2)
         covariance = raw["mismatch_xy"] / count - mean_x * mean_y
@@ -180,5 +186,7 @@ _RAW_NAMES = (
         "mismatch_xx",
         "mismatch_yy",
         "mismatch_xy",
+        "mismatch_weight_sum",
+        "mismatch_weight_square_sum",
     ),
 )

@@ -178,13 +178,13 @@ class PolicyModule(lightning.LightningModule):
         return self.score(batch, self._reference[1])
 
     def observe(self, metrics: dict[str, float]) -> None:
-        """Take host-side metrics of the running epoch; several are averaged."""
+        """Take host-side metrics of the running epoch; of several their mean is told, of maxima the highest."""
         self._observed.append(metrics)
         keys = dict.fromkeys(key for seen in self._observed for key in seen)
         self.host_metrics = {}
         for key in keys:
             values = [seen[key] for seen in self._observed if key in seen]
-            self.host_metrics[key] = sum(values) / len(values)
+            self.host_metrics[key] = max(values) if key.endswith("_max") else sum(values) / len(values)
 
     @property
     def has_moments(self) -> bool:

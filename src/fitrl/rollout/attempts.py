@@ -157,11 +157,18 @@ class Attempts:
             self.idle.set(not self._under_way)
 
     async def _within_time(self, chat: Chat, task: Any) -> Trajectory:
-        async with asyncio.timeout(self.attempt_timeout_s):
-            try:
+        limit = asyncio.timeout(self.attempt_timeout_s)
+        try:
+            async with limit:
                 return await attempt(chat, task, reward=self.reward, agent=self.agent)
-            except (SystemExit, KeyboardInterrupt) as error:  # of code that was sampled and run, say
-                raise RuntimeError(f"an attempt asked the process to end: {error!r}") from error
+        except (SystemExit, KeyboardInterrupt) as error:  # of code that was sampled and run, say
+            raise RuntimeError(f"an attempt asked the process to end: {error!r}") from error
+        except TimeoutError as error:
+            if limit.expired():
+                raise TimeoutError(
+                    f"an attempt took longer than attempt_timeout_s={self.attempt_timeout_s:g}"
+                ) from error
+            raise
 
 
 class _Restarted(Exception):  # noqa: N818 - an outcome

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from fitrl.objective.objective import Objective, teaches_without_advantage
 from fitrl.policy.lending import own_copy
 from fitrl.policy.module import PolicyModule
 from fitrl.policy.policy import Policy
+from fitrl.rollout.attempts import OnWeightChange
 from fitrl.rollout.pipeline import RolloutPipeline
 from fitrl.rollout.rollout import Agent, Reward, Task, rollout
 from fitrl.rollout.sampler import Sampler
@@ -48,10 +50,14 @@ class RolloutDataModule(lightning.LightningDataModule):
         seed: of the drawing of tasks.
         max_steps_off_policy: 0 samples a step's groups when they are asked for, with the policy as it is then. More
             samples them beside the training of earlier steps, with a copy of the weights, at most so many steps
-            behind: a `RolloutPipeline`, kept in memory for the length of a fit.
+            behind: by a `RolloutPipeline`, kept in memory. Lightning's checkpoints hold which of its groups were
+            trained on, so that a fit that is resumed goes on with the others, which are sampled anew.
         max_concurrency: how many attempts run at once beside training; None: all.
         max_resamples_of_flat_groups: of that pipeline, see `RolloutPipeline`; without one, what is flat is drawn again
             by the step.
+        on_weight_change: of that pipeline.
+        max_retries: of that pipeline.
+        attempt_timeout_s: of that pipeline.
     """
 
     def __init__(
@@ -72,6 +78,9 @@ class RolloutDataModule(lightning.LightningDataModule):
         max_steps_off_policy: int = 0,
         max_concurrency: int | None = None,
         max_resamples_of_flat_groups: int = 0,
+        on_weight_change: OnWeightChange = "continue",
+        max_retries: int = 2,
+        attempt_timeout_s: float | None = 3600.0,
     ) -> None:
         super().__init__()
         if not tasks:
@@ -85,10 +94,17 @@ class RolloutDataModule(lightning.LightningDataModule):
                 raise InvalidArgumentError(f"{name} must be at least 1, got {value}")
         if max_steps_off_policy < 0:
             raise InvalidArgumentError(f"max_steps_off_policy must be at least 0, got {max_steps_off_policy}")
-        if max_steps_off_policy == 0 and (max_concurrency is not None or max_resamples_of_flat_groups):
-            raise InvalidArgumentError(
-                "max_concurrency and max_resamples_of_flat_groups have no effect with max_steps_off_policy=0"
-            )
+        self._beside: dict[str, Any] = {
+            "max_concurrency": max_concurrency,
+            "max_resamples_of_flat_groups": max_resamples_of_flat_groups,
+            "on_weight_change": on_weight_change,
+            "max_retries": max_retries,
+            "attempt_timeout_s": attempt_timeout_s,
+        }
+        defaults = inspect.signature(RolloutPipeline).parameters
+        given = [name for name, value in self._beside.items() if value != defaults[name].default]
+        if max_steps_off_policy == 0 and given:
+            raise InvalidArgumentError(f"{' and '.join(given)} have no effect with max_steps_off_policy=0")
         self.tasks = list(tasks)
         self.val_tasks = list(val_tasks)
         self.reward = reward
@@ -102,9 +118,8 @@ class RolloutDataModule(lightning.LightningDataModule):
         self.advantage_balance = advantage_balance
         self.seed = seed
         self.max_steps_off_policy = max_steps_off_policy
-        self.max_concurrency = max_concurrency
-        self.max_resamples_of_flat_groups = max_resamples_of_flat_groups
         self._pipeline: RolloutPipeline | None = None
+        self._stands: dict[str, Any] = {}  # where the pipeline of an earlier fit ended
 
     def train_dataloader(self) -> _Rollouts:
         """Microbatches, sampled when they are asked for."""
@@ -167,12 +182,12 @@ class RolloutDataModule(lightning.LightningDataModule):
                 groups_per_step=self.tasks_per_step,
                 max_steps_off_policy=self.max_steps_off_policy,
                 agent=self.agent,
-                max_concurrency=self.max_concurrency,
-                max_resamples_of_flat_groups=self.max_resamples_of_flat_groups,
                 max_new_tokens=self.max_new_tokens,
                 temperature=self.temperature,
+                **self._beside,
                 seed=self.seed,
             )
+            self._pipeline.load_state_dict(self._stands)
         if self._pipeline.sampler.version != step:
             if hasattr(strategy, "take_weights_back"):
                 strategy.take_weights_back()
@@ -184,8 +199,17 @@ class RolloutDataModule(lightning.LightningDataModule):
     def teardown(self, stage: str) -> None:
         """End the rollouts that are under way."""
         if self._pipeline is not None and stage == "fit":
+            self._stands = self._pipeline.state_dict()
             self._pipeline.close()
             self._pipeline = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which groups of the pipeline were trained on, for Lightning's checkpoints; nothing without one."""
+        return self._stands if self._pipeline is None else self._pipeline.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the others, from the next fit on."""
+        self._stands = state_dict
 
     def on_exception(self, exception: BaseException) -> None:
         """End the rollouts that are under way."""
@@ -268,8 +292,11 @@ class _Rollouts:
         assert data.trainer is not None
         step = data.trainer.global_step
         for draw in range(_MAX_FLAT_DRAWS):
-            chosen = random.Random(f"{data.seed}/{step}/{draw}").sample(self._tasks, data.tasks_per_step)
-            groups = data.newest_groups(step) if data.max_steps_off_policy else data.groups(chosen, step)
+            if data.max_steps_off_policy:
+                groups = data.newest_groups(step)
+            else:
+                chosen = random.Random(f"{data.seed}/{step}/{draw}").sample(self._tasks, data.tasks_per_step)
+                groups = data.groups(chosen, step)
             batches = data.batches(groups, self._per_step, train=True)
             if batches:
                 return batches

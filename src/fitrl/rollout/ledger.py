@@ -5,17 +5,20 @@
 
 A file is written under a temporary name, flushed and renamed. `queue.json` alone says what was handed out, so a crash
 at any moment leaves the state before or the state after. A batch is kept until a checkpoint holds what was learned from
-it: a run that goes back to an older checkpoint is handed the same batches again, also one that it could not be trained
-on. One that a call was stopped in the middle of counts as trained on. Groups that were under way are begun again.
+it: a run that goes back to an older checkpoint is handed the same batches again, also the one that it could not be
+trained on, unless it has gone back from that one before, in the same process. One that could not be trained on at the
+step of the newest checkpoint is handed out again by the next process, and not by the same one. One that a call was
+stopped in the middle of counts as trained on. Groups that were under way are begun again.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from fitrl.data.groups import TrajectoryGroup
 from fitrl.errors import CheckpointError, DataError
@@ -57,6 +60,7 @@ class Ledger:
         self._dropped: set[int] = set()  # since the last batch
         self._batches: list[_Batch] = []  # the last ones are the replays
         self._newest_step = 0  # of a batch that was handed out
+        self._went_back_from: list[int] | None = None  # groups of a batch
         self.versions: list[int] = []
         self.replays: list[list[TrajectoryGroup]] = []
         self.waiting: dict[int, TrajectoryGroup] = {}
@@ -111,10 +115,32 @@ class Ledger:
         self._newest_step = self._model.step
         return self.replays.pop(0)
 
-    def look_back(self) -> None:
-        """See whether the run has gone back to a checkpoint while it was open: then its batches are replayed, too."""
+    def look_back(self) -> int:
+        """See whether the run has gone back to a checkpoint while it was open: then its batches are replayed, too.
+
+        Returns:
+            how many groups are left out, because the run went back from their batch before.
+        """
+        left_out = 0
         if self._model is not None and self._model.step < self._newest_step:
+            handed_out = self._batches[: len(self._batches) - len(self.replays)]
+            if handed_out:
+                last = handed_out[-1].numbers  # what it went back from
+                if last == self._went_back_from:  # and would again
+                    self._commit([batch for batch in self._batches if batch.numbers != last])
+                    left_out = len(last)
+                self._went_back_from = last
             self._replay()
+        return left_out
+
+    def state(self) -> dict[str, Any]:
+        """Which numbers are done: handed out or dropped; and the versions."""
+        return {"floor": self._floor, "done": sorted(self._done), "versions": list(self.versions)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state` said."""
+        self._floor, self._done = int(state["floor"]), set(state["done"])
+        self.versions = list(state["versions"])
 
     def _replay(self) -> None:
         """Have the batches handed out again that the weights as they are were not trained on, all of them the last."""
@@ -140,12 +166,7 @@ class Ledger:
         """Write the books with these batches, then delete the groups that are in none of them and done."""
         assert self._folder is not None
         gone = self._dropped.union(*(batch.numbers for batch in self._batches))
-        state = {
-            "floor": self._floor,
-            "done": sorted(self._done),
-            "versions": self.versions,
-            "batches": [asdict(batch) for batch in batches],
-        }
+        state = self.state() | {"batches": [asdict(batch) for batch in batches]}
         _write(self._folder / "queue.json", json.dumps(state) + "\n")
         self._batches, self._dropped = batches, set()
         for number in gone.difference(*(batch.numbers for batch in batches)):
@@ -157,8 +178,7 @@ class Ledger:
         if path.is_file():
             try:
                 state = json.loads(path.read_text())
-                self._floor, self._done = int(state["floor"]), set(state["done"])
-                self.versions = list(state["versions"])
+                self.load_state(state)
                 self._batches = [_Batch(**batch) for batch in state["batches"]]
             except (OSError, ValueError, TypeError, KeyError) as error:
                 raise CheckpointError(f"{path} cannot be read ({error!r}): delete its folder to begin anew") from error

@@ -12,10 +12,10 @@ import asyncio
 import functools
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from fitrl.data import ranks
 from fitrl.data.groups import TrajectoryGroup
@@ -49,9 +49,9 @@ class RolloutPipeline:
             sampler answers all attempts of a step as one batch (max_concurrency=None).
         agent: see `rollout`. Completions of a client of its own have to say their `version`.
         model: whose run folder keeps what was finished and handed out, so that a run that was killed goes on with it:
-            no group is lost or trained twice. Open it (`trainer.open`) before the first batch. A batch that cannot be
-            trained on is handed out again by each next process: `<run>/pipeline` may be deleted to begin anew. None:
-            in memory.
+            no group is lost or trained twice. Open it (`trainer.open`) before the first batch. What no checkpoint
+            holds yet is kept, so save now and then. A batch that cannot be trained on is handed out again by each next
+            process: `<run>/pipeline` may be deleted to begin anew. None: in memory.
         max_concurrency: how many attempts run at once; None: all.
         max_resamples_of_flat_groups: how often a group whose rewards are all equal makes way for another task; after
             that it is handed out as it is, and `fit_rl` drops it.
@@ -59,7 +59,8 @@ class RolloutPipeline:
             each token has its version. "restart": they begin again, and all tokens of a trajectory have one version.
         max_retries: how often an attempt that raises or takes too long is made again.
         max_failed_groups: how many groups in a row may be dropped because an attempt failed for good.
-        attempt_timeout_s: longest an attempt may take, in seconds; None: forever.
+        attempt_timeout_s: longest an attempt may take, in seconds, its wait for the sampler included; then it has
+            failed. The default, an hour, is longer than an attempt should take, and ends one that hangs. None: forever.
         max_new_tokens: longest answer, in tokens.
         temperature: sampling temperature.
         top_p: see `Sampler.sample`.
@@ -97,7 +98,7 @@ class RolloutPipeline:
         on_weight_change: OnWeightChange = "continue",
         max_retries: int = 2,
         max_failed_groups: int = 8,
-        attempt_timeout_s: float | None = None,
+        attempt_timeout_s: float | None = 3600.0,
         max_new_tokens: int = 256,
         temperature: float = 1.0,
         top_p: float = 1.0,
@@ -105,6 +106,10 @@ class RolloutPipeline:
         stop: Sequence[str] = (),
         seed: int = 0,
     ) -> None:
+        if isinstance(tasks, str | Mapping) or not hasattr(tasks, "__len__"):
+            raise InvalidArgumentError(
+                f"tasks must be a list, to be attempted again and again, got {type(tasks).__name__}"
+            )
         if not len(tasks):
             raise InvalidArgumentError("tasks is empty: there is nothing to attempt")
         for name, value, least in (
@@ -116,6 +121,8 @@ class RolloutPipeline:
             ("max_retries", max_retries, 0),
             ("max_failed_groups", max_failed_groups, 0),
         ):
+            if not isinstance(value, int):
+                raise InvalidArgumentError(f"{name} must be a whole number, got {value!r}")
             if value < least:
                 raise InvalidArgumentError(f"{name} must be at least {least}, got {value}")
         if attempt_timeout_s is not None and not attempt_timeout_s > 0:
@@ -168,6 +175,7 @@ class RolloutPipeline:
             counts=self._counts,
         )
         self._supply: Supply | None = None  # opened when the first batch is asked for
+        self._stands: dict[str, Any] = {}
         self._asked = threading.Lock()
         self._closed = False
 
@@ -186,6 +194,7 @@ class RolloutPipeline:
             GroupError: more than `max_failed_groups` groups in a row were dropped because an attempt failed for good.
             CheckpointError: the queue in the run folder cannot be read or written.
             DataError: a group that the run folder cannot hold.
+            SamplerError: with `model=`: the sampler was not given the newest weights.
             SessionError: the pipeline was closed, or is being asked already.
         """
         failure: Exception | None = None
@@ -231,7 +240,11 @@ class RolloutPipeline:
 
     @property
     def dropped(self) -> dict[str, int]:
-        """Why groups were dropped and how many, in all: "stale", "failed"."""
+        """Why groups were dropped and how many, in all.
+
+        "stale": too far behind, or of weights that were given up. "failed": an attempt failed for good, or the run went
+        back to a checkpoint twice from the same batch.
+        """
         counts = {"stale": self._counts["groups_dropped_stale"], "failed": self._counts["groups_dropped_failed"]}
         return {reason: count for reason, count in counts.items() if count}
 
@@ -241,6 +254,25 @@ class RolloutPipeline:
         Exactly so with `max_steps_off_policy=0`, where no group is dropped or drawn again.
         """
         return self._draws.of_step(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which groups were handed out or dropped, for a checkpoint of the training that they are for.
+
+        With `model=` the run folder keeps that, and more. Empty before the first batch, and on ranks without rollouts.
+        """
+        return dict(self._stands) if self._supply is None else self._loop.wait_for(self._supply.state())
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Begin with the first group that was not; the others are sampled anew.
+
+        Raises:
+            SessionError: a batch was handed out already, or the run folder says where the pipeline stands.
+        """
+        if not state_dict:
+            return
+        if self._supply is not None or self._open.keywords["model"] is not None:
+            raise SessionError("load_state_dict is for a new pipeline without model=")
+        self._stands = dict(state_dict)
 
     def close(self) -> None:
         """Stop what is under way and end the thread; a run folder keeps what was finished."""
@@ -268,6 +300,7 @@ class RolloutPipeline:
     async def _next(self) -> list[TrajectoryGroup]:
         if self._supply is None:
             self._supply = self._open()
+            self._supply.load(self._stands)
         return await self._supply.next_batch()
 
     def _received(self) -> None:

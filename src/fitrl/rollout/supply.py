@@ -9,11 +9,13 @@ done, those of one more. So nothing is begun that could only be stale, and what 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fitrl.data.groups import TrajectoryGroup
-from fitrl.errors import GroupError
+from fitrl.errors import GroupError, SamplerError
 from fitrl.policy.model import TrainableModel
 from fitrl.rollout.attempts import Attempts, GaveUp, Slot
 from fitrl.rollout.idle import IdleTime
@@ -21,6 +23,7 @@ from fitrl.rollout.ledger import Ledger
 from fitrl.rollout.sampler import Sampler
 from fitrl.rollout.versions import Versions, group_versions
 
+_log = logging.getLogger(__name__)
 _COUNTED = (
     "groups_dropped_stale",
     "groups_dropped_failed",
@@ -59,6 +62,7 @@ class Supply:
     ) -> None:
         self.metrics: dict[str, float] = {}
         self._sampler = sampler
+        self._model = model
         self._attempts = attempts
         self._groups_per_step = groups_per_step
         self._max_steps_off_policy = max_steps_off_policy
@@ -84,6 +88,7 @@ class Supply:
             GroupError: too many groups in a row were dropped because an attempt failed for good.
             CheckpointError: the books cannot be written.
             DataError: a group that they cannot hold.
+            SamplerError: the sampler was not given the newest weights.
         """
         async with self._asking:
             if self._owed is None:
@@ -97,6 +102,16 @@ class Supply:
                 self._begin_groups()
             return self._owed
 
+    async def state(self) -> dict[str, Any]:
+        """What `Ledger.state` says, of a moment."""
+        return self._ledger.state()
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Begin where another one stood; nothing: anew."""
+        if state:
+            self._ledger.load_state(state)
+            self._versions = Versions(self._max_steps_off_policy + 1, self._ledger.versions)
+
     def received(self) -> None:
         """Note that the batch has come to whoever asked."""
         self._owed = None
@@ -105,7 +120,7 @@ class Supply:
         """The next batch: one that a killed process was handed and did not train, or the oldest that are finished."""
         self._is_training = False
         self._look()
-        self._ledger.look_back()
+        self._counts["groups_dropped_failed"] += self._ledger.look_back()
         if self._ledger.replays:
             return self._ledger.hand_out_again()
         self._drop_stale()
@@ -123,6 +138,11 @@ class Supply:
     def _look(self) -> None:
         """See which weights answer; where the policy went back, what is under way has tokens of the ones given up."""
         version = self._sampler.version
+        if self._model is not None and version < self._model.step:
+            raise SamplerError(
+                f"the sampler answers with version {version} of the weights, the policy is at step {self._model.step}: "
+                "it has to take the new ones after each step; a service's does when trainer.sampler(model) is asked for"
+            )
         if self._versions.gives_up(version):
             for slot in list(self._slots.values()):
                 if slot.oldest is not None:
@@ -148,7 +168,9 @@ class Supply:
             self._failed_in_a_row.clear()
         except GaveUp as error:
             self._drop(slot.number, "failed")
-            self._failed_in_a_row.append(error.__cause__ or error)
+            why = error.__cause__ or error
+            _log.warning("a group was dropped, because an attempt failed for good: %s: %s", type(why).__name__, why)
+            self._failed_in_a_row.append(why)
             if self._broken is None and len(self._failed_in_a_row) > self._max_failed_groups:
                 last = self._failed_in_a_row[-1]
                 self._broken = GroupError(

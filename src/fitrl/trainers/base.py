@@ -145,8 +145,11 @@ class RLTrainer(SessionTrainer):
             self.verbs.set_learning_rate(rate)
             try:
                 plan = self._take_steps(samples, settings, plan)
-            except (NonFiniteGradientError, RankLostError):
-                self._release()  # nothing of this may be saved; the next call resumes the newest checkpoint
+            except NonFiniteGradientError:
+                self._give_up()  # nothing of this may be saved
+                raise
+            except RankLostError:
+                self._release()
                 raise
             finally:  # also after an exception: the steps before it were taken, but for those that were given up
                 session.model.step = self.global_step if self._session is session else self._resumes_at(session.model)

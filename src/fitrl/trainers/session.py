@@ -270,6 +270,27 @@ class SessionTrainer(BackendTrainer):
             self._lock.release()
             self._lock = None
 
+    def _give_up(self) -> None:
+        """Release weights of which nothing may be saved.
+
+        The next call resumes the newest checkpoint. A copy of them that is sampled from meanwhile is not left without a
+        trainer: then the checkpoint is resumed at once, and the copy takes its weights between two tokens.
+        """
+        session = self._require_session()
+        copy, session.copy = session.copy, None
+        self._release()
+        if copy is None:
+            return
+        try:
+            self.open(session.model)
+            with copy.lock:  # no forward pass is under way
+                copy.policy = self.local_verbs.copied_policy()
+                copy.update(self.local_verbs.named_weights(), self.global_step)
+            self._require_session().copy = copy
+        except BaseException:
+            copy.close()
+            raise
+
     def _take(self, model: TrainableModel) -> None:
         """Lock the run folder, then clear what a crash left in it."""
         self._lock = RunLock(model.run_dir)
