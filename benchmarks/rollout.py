@@ -12,7 +12,8 @@ Before anything is timed, the sampler's token ids have to be the bare engine's, 
 It runs where vLLM is installed, or with `--python` of such an environment, then without the engine in this process. The
 default model has random weights, as many as `--megabytes` says; whether it is computed on a GPU is the engine's choice.
 
-    python benchmarks/rollout.py [--model DIR | --megabytes 100] [--runs 7] [--arguments="--dtype float32"] [--output benchmarks/results]
+    python benchmarks/rollout.py [--model DIR | --megabytes 100] [--only tokens full lora inside] [--runs 7]
+        [--arguments="--dtype float32"] [--output benchmarks/results]
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ Ask = Callable[[Sequence[int], int, int, float, int | None], Awaitable[Ids]]
 
 
 def random_policy(folder: Path, megabytes: int = 100) -> Path:
-    """A Qwen3 of about so many megabytes of random float32 weights, in 8 layers, with the bundled policy's tokenizer."""
+    """A Qwen3 of about so many megabytes of random float32 weights, with the bundled policy's tokenizer."""
     hidden = 128
     while 32 * hidden * (9 * hidden + 1536) < megabytes * 1e6:  # 3 matrices of 3 x hidden, and the attention's
         hidden += 128
@@ -397,7 +398,7 @@ def table(benchmark: Benchmark) -> str:
         )
     lines += [
         "",
-        "| exchange | MB | transfer, ms | of it loading, ms | then proof, ms | whole, ms | copy, ms | transfer to copy |",
+        "| exchange | MB | transfer, ms | of it loading, ms | then proof, ms | whole, ms | copy, ms | to copy |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in benchmark.weights.items():
