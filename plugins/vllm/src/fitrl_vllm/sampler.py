@@ -29,6 +29,7 @@ from fitrl_vllm.errors import EngineDiedError, EngineError, StaleWeightsError
 from fitrl_vllm.http import ServerEngine
 from fitrl_vllm.probe import Probe, must_have_stayed
 from fitrl_vllm.server import VLLMServer
+from fitrl_vllm.turns import Turns
 from fitrl_vllm.weights import remove, write_adapter, write_model
 
 if TYPE_CHECKING:
@@ -109,11 +110,7 @@ class VLLMSampler:
         self._broken: str | None = None
         self._loop = OwnLoop("fitrl-vllm")
         self._closed = False
-        self._open = asyncio.Event()  # completions may start
-        self._open.set()
-        self._idle = asyncio.Event()  # none is under way
-        self._idle.set()
-        self._under_way = 0
+        self._turns = Turns()
         self._reviving = asyncio.Lock()
         self._checking = asyncio.Lock()
         self._revivals = 0
@@ -128,7 +125,7 @@ class VLLMSampler:
     @property
     def is_open(self) -> bool:
         """Whether completions start at once, and do not wait for an exchange of weights or for `wake`."""
-        return self._open.is_set()
+        return self._turns.is_open
 
     async def sample(
         self,
@@ -205,17 +202,10 @@ class VLLMSampler:
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[int]:
         """The version that answers while the block runs; on the sampler's loop."""
-        await self._open.wait()
-        if self._broken is not None:
-            raise StaleWeightsError(self._broken)
-        self._under_way += 1
-        self._idle.clear()
-        try:
+        async with self._turns.completing():
+            if self._broken is not None:
+                raise StaleWeightsError(self._broken)
             yield self._version
-        finally:
-            self._under_way -= 1
-            if not self._under_way:
-                self._idle.set()
 
     async def _sample(self, request: Request) -> list[Completion]:
         async with self.turn() as version:
@@ -348,18 +338,13 @@ class VLLMSampler:
 
     async def _take(self, folder: Path, trainers: Future[Tensor | None], version: int) -> None:
         """Load weights while nothing is sampled, and prove them; they are the newest then."""
-        self._open.clear()
+        self._turns.close()
         before = self._served
         try:
             if self._asleep:
                 await self.engine.wake()
                 self._asleep = False
-            try:
-                await asyncio.wait_for(self._idle.wait(), self.timeout_s)
-            except TimeoutError as error:
-                raise EngineError(
-                    f"{self._under_way} completions were still under way after {self.timeout_s:g} s"
-                ) from error
+            await self._turns.idle(self.timeout_s)
             self._broken = f"version {version} of the weights was handed over and not proven; hand over newer ones"
             self._served = _Served(folder=folder)  # for an engine that dies on it
             loading = self.surviving(lambda: self._load(folder))
@@ -373,7 +358,7 @@ class VLLMSampler:
             self._broken = None
             self._version = version
         finally:
-            self._open.set()
+            self._turns.open()
 
     async def _load(self, folder: Path) -> None:
         if self.model.lora is not None:
@@ -385,15 +370,15 @@ class VLLMSampler:
         return await self._probe.score(self.engine, adapter=self.has_adapter)
 
     async def _sleep(self) -> None:
-        self._open.clear()
-        await self._idle.wait()
+        self._turns.close()
+        await self._turns.idle()
         await self.engine.sleep()
         self._asleep = True
 
     async def _wake(self) -> None:
         await self.engine.wake()
         self._asleep = False
-        self._open.set()
+        self._turns.open()
 
 
 def _forget(served: _Served | None) -> None:
