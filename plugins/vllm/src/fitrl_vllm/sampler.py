@@ -72,8 +72,8 @@ class VLLMSampler:
         timeout_s: longest wait for one answer of a server, and of an exchange for completions under way.
         tolerance: most that trainer and engine may differ in the mean over the probe's tokens, in nats. 0.05 fits
             bfloat16; float32 on both sides agrees to 1e-4.
-        transfer_dir: where weights are handed over: the engine has to see the same folder. None: a temporary one. One in
-            memory (`/dev/shm`) spares the disk; the system holds what was just written in memory anyway.
+        transfer_dir: where weights are handed over: the engine has to see the same folder. None: a temporary one. One
+            in memory (`/dev/shm`) spares the disk; the system holds what was just written in memory anyway.
         api_key: of the server.
 
     Raises:
