@@ -4,14 +4,16 @@ Before anything is timed, the sampler's token ids have to be the bare engine's, 
 
 * tokens/s: the same prompts by `VLLMSampler.sample`, and to the engine itself (its HTTP API; `LLM.generate` in this
   process), by turns. A server is reached by its URL, and as one that we started and watch over.
-* exchange: what `fit_rl` waits for after a step, from the trainer's weights to the proof that they answer. The proof is
-  two forwards of 64 tokens; the rest is the transfer. Its limit is to write as many bytes to a file of the same folder,
-  and to read them.
+* exchange: what `fit_rl` waits for after a step, from the trainer's weights to the proof that they answer. The transfer
+  ends when the engine has loaded them; its limit is to write as many bytes to a file of the same folder, and to read
+  them. The trainer's part of the proof, a forward of 64 tokens, is computed while the engine loads; the rest is waited
+  for.
 
 It runs where vLLM is installed, or with `--python` of such an environment, then without the engine in this process. The
-default model has random weights; whether it is computed on a GPU is the engine's choice.
+default model has random weights, as many as `--megabytes` says; whether it is computed on a GPU is the engine's choice.
 
-    python benchmarks/rollout.py [--model DIR] [--runs 7] [--arguments="--dtype float32"] [--output benchmarks/results]
+    python benchmarks/rollout.py [--model DIR | --megabytes 100] [--only tokens full lora inside] [--runs 7]
+        [--arguments="--dtype float32"] [--output benchmarks/results]
 """
 
 from __future__ import annotations
@@ -50,20 +52,24 @@ PRECISION = "bf16-mixed" if ON_GPU else "32-true"
 TOLERANCE = 0.05 if ON_GPU else 1e-3
 ENVIRONMENT = {} if ON_GPU else {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
 PARTS = ("transfer_s", "load_s", "proof_s", "total_s")
+WHAT = ("tokens", "full", "lora", "inside")
 
 Ids = list[tuple[int, ...]]
 Ask = Callable[[Sequence[int], int, int, float, int | None], Awaitable[Ids]]
 """Prompt, completions, tokens, temperature and seed to token ids."""
 
 
-def random_policy(folder: Path) -> Path:
-    """A Qwen3 of 25 million random weights with the bundled policy's tokenizer."""
+def random_policy(folder: Path, megabytes: int = 100) -> Path:
+    """A Qwen3 of about so many megabytes of random float32 weights, with the bundled policy's tokenizer."""
+    hidden = 128
+    while 32 * hidden * (9 * hidden + 1536) < megabytes * 1e6:  # 3 matrices of 3 x hidden, and the attention's
+        hidden += 128
     tokenizer = fitrl.load_tokenizer("tiny")
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=272,
-        hidden_size=512,
-        intermediate_size=1536,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
         num_hidden_layers=8,
         num_attention_heads=8,
         num_key_value_heads=4,
@@ -189,7 +195,8 @@ class TimedSampler(VLLMSampler):
             start = time.perf_counter()
             answer = await ask(*arguments, **options)
             if self.exchanges:  # else it is the sampler's own question, before any exchange
-                self.exchanges[-1][part] = time.perf_counter() - start
+                end = time.perf_counter()
+                self.exchanges[-1] |= {part: end - start, f"{part}_ends": end}
             return answer
 
         return timed
@@ -214,8 +221,8 @@ class TimedSampler(VLLMSampler):
         start = time.perf_counter()
         super().update_proven(counted(), version, timed_score)
         held["total_s"] = time.perf_counter() - start
-        held["proof_s"] = held["trainer_score_s"] + held["engine_score_s"]
-        held["transfer_s"] = held["total_s"] - held["proof_s"]
+        held["transfer_s"] = held.pop("load_s_ends") - start
+        held["proof_s"] = held["total_s"] - held["transfer_s"]
 
 
 def copy_s(size: int, folder: Path, runs: int) -> float:
@@ -272,7 +279,7 @@ class Benchmark:
 
     def __init__(self, options: argparse.Namespace, root: Path) -> None:
         self.options, self.root = options, root
-        self.base = options.model or str(random_policy(root / "policy"))
+        self.base = options.model or str(random_policy(root / "policy", options.megabytes))
         self.transfer = Path(tempfile.mkdtemp(prefix="fitrl-rollout-", dir=options.transfer_dir or root))
         tokenizer = fitrl.load_tokenizer(self.base)
         generator = torch.Generator().manual_seed(0)
@@ -319,18 +326,28 @@ class Benchmark:
         )
 
     def measure(self) -> None:
-        """All of it, one engine after the other."""
-        runs = self.options.runs
-        with self.server(None) as server:
+        """What was asked for, one engine after the other."""
+        runs, asked = self.options.runs, self.options.only
+        if "tokens" in asked or "full" in asked:
+            with self.server(None) as server:
+                self.over_servers(server)
+        if "lora" in asked:
+            with self.server(LORA) as server, self.sampler("adapted", server, LORA) as sampler:
+                self.weights[f"LoRA, rank {LORA.rank}"] = exchanges(sampler, runs, self.transfer)
+        if "inside" in asked and self.options.in_process:
+            self.in_this_process()
+
+    def over_servers(self, server: VLLMServer) -> None:
+        """Both ways to reach a server, and an exchange of all weights."""
+        asked = self.options.only
+        if "tokens" in asked:
             with self.sampler("by-url", server.url) as sampler:
                 self.throughput["a server by its URL"] = asyncio.run(self.over_http(sampler, server.url))
-            with self.sampler("supervised", server) as sampler:
+        with self.sampler("supervised", server) as sampler:
+            if "tokens" in asked:
                 self.throughput["a server of ours"] = asyncio.run(self.over_http(sampler, server.url))
-                self.weights["all weights, by folder"] = exchanges(sampler, runs, self.transfer)
-        with self.server(LORA) as server, self.sampler("adapted", server, LORA) as sampler:
-            self.weights[f"LoRA, rank {LORA.rank}"] = exchanges(sampler, runs, self.transfer)
-        if self.options.in_process:
-            self.in_this_process()
+            if "full" in asked:
+                self.weights["all weights, by folder"] = exchanges(sampler, self.options.runs, self.transfer)
 
     def in_this_process(self) -> None:
         """Sampler against `LLM`."""
@@ -369,17 +386,19 @@ def table(benchmark: Benchmark) -> str:
         f"{len(prompts)} prompts at once, {samples} completions of at most {tokens} tokens each; medians of "
         f"{benchmark.options.runs} runs.",
         "",
-        "| engine | bare, text alone, tokens/s | bare, tokens/s | `VLLMSampler`, tokens/s | of bare |",
-        "|---|---|---|---|---|",
+        "| engine | bare, text alone, tokens/s | bare, tokens/s | `VLLMSampler`, tokens/s | of bare | from, to |",
+        "|---|---|---|---|---|---|",
     ]
     for name, row in benchmark.throughput.items():
         plain = f"{row['plain_per_s']:,.0f}" if "plain_per_s" in row else "-"
+        between = f"{min(row['ratios']):.2f}, {max(row['ratios']):.2f}"
         lines.append(
-            f"| {name} | {plain} | {row['engine_per_s']:,.0f} | {row['sampler_per_s']:,.0f} | {row['ratio']:.2f} |"
+            f"| {name} | {plain} | {row['engine_per_s']:,.0f} | {row['sampler_per_s']:,.0f} | {row['ratio']:.2f} | "
+            f"{between} |"
         )
     lines += [
         "",
-        "| exchange | MB | transfer, ms | of it loading, ms | proof, ms | whole, ms | copy, ms | transfer to copy |",
+        "| exchange | MB | transfer, ms | of it loading, ms | then proof, ms | whole, ms | copy, ms | to copy |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in benchmark.weights.items():
@@ -391,7 +410,7 @@ def table(benchmark: Benchmark) -> str:
         "Bare is the same request: ids and logprobs. Ratios are of neighbouring runs. Every exchange was proven: the "
         "engine's logprobs were the trainer's.",
     ]
-    if not benchmark.options.in_process:
+    if "inside" in benchmark.options.only and not benchmark.options.in_process:
         lines.append("Not measured: `LLM` in this process, because vLLM is not installed beside this interpreter.")
     return "\n".join(lines) + "\n"
 
@@ -400,6 +419,8 @@ def main() -> None:
     """Measure and print the table; with `--output` also keep it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or hub id; else a small one with random weights")
+    parser.add_argument("--megabytes", type=int, default=100, help="size of the random one, in float32")
+    parser.add_argument("--only", nargs="+", choices=WHAT, default=WHAT, help="what to measure; else all")
     parser.add_argument("--python", default=sys.executable, help="interpreter of the environment that has vLLM")
     parser.add_argument("--arguments", default=ARGUMENTS, help="of vLLM's server, in one string")
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="of the proof, in nats")

@@ -27,19 +27,15 @@ from fitrl.rollout.sampler import Score, check_sampling
 from fitrl_vllm.engine import Answer, Engine, Request
 from fitrl_vllm.errors import EngineDiedError, EngineError, StaleWeightsError
 from fitrl_vllm.http import ServerEngine
+from fitrl_vllm.probe import Probe, must_have_stayed
 from fitrl_vllm.server import VLLMServer
+from fitrl_vllm.turns import Turns
 from fitrl_vllm.weights import remove, write_adapter, write_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _T = TypeVar("_T")
-_PROBE = (
-    "A policy is a map from what was said to what is said next. The probability of each next word, given all words "
-    "before it, is what the trainer changes and what the engine has to answer with: 1 + 2 = 3, and 17 * 4 = 68."
-)
-_PROBE_TOKENS = 64
-_MOVED = 1e-3  # nats; an engine in bfloat16 answers otherwise, by some bit of 63 numbers, after such a step
 _REVIVALS = 3
 _PAUSE_S = 1.0
 
@@ -50,12 +46,12 @@ class _Served:
 
     Attributes:
         folder: where they were written; a restarted engine takes them from there.
-        trainers: [T - 1] float32 logprobs of the probe, by the trainer; None: it was not asked.
+        trainers: [T - 1] float32 logprobs of the probe, by the trainer; None: it was not asked, or did not say yet.
         engines: the same, by the engine; None until it was proven.
     """
 
     folder: Path
-    trainers: Tensor | None
+    trainers: Tensor | None = None
     engines: Tensor | None = None
 
 
@@ -76,8 +72,8 @@ class VLLMSampler:
         timeout_s: longest wait for one answer of a server, and of an exchange for completions under way.
         tolerance: most that trainer and engine may differ in the mean over the probe's tokens, in nats. 0.05 fits
             bfloat16; float32 on both sides agrees to 1e-4.
-        transfer_dir: where weights are handed over: the engine has to see the same folder. None: a temporary one,
-            which a memory file system (`/dev/shm`) makes faster.
+        transfer_dir: where weights are handed over: the engine has to see the same folder. None: a temporary one. One
+            in memory (`/dev/shm`) spares the disk; the system holds what was just written in memory anyway.
         api_key: of the server.
 
     Raises:
@@ -102,25 +98,19 @@ class VLLMSampler:
         self.model = model
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(model.base_model)
         self.timeout_s = timeout_s
-        self.tolerance = tolerance
         self.engine: Engine = (
             ServerEngine(engine, timeout_s=timeout_s, api_key=api_key)
             if isinstance(engine, str | VLLMServer)
             else engine
         )
-        probe = list(self.tokenizer(_PROBE, add_special_tokens=False)["input_ids"])
-        self.probe_ids: list[int] = [int(token) for token in probe[:_PROBE_TOKENS]]
+        self._probe = Probe(self.tokenizer, tolerance)
         self._folders = tempfile.TemporaryDirectory(prefix="fitrl-vllm-", dir=transfer_dir)
         self._version = 0
         self._served: _Served | None = None
         self._broken: str | None = None
         self._loop = OwnLoop("fitrl-vllm")
         self._closed = False
-        self._open = asyncio.Event()  # completions may start
-        self._open.set()
-        self._idle = asyncio.Event()  # none is under way
-        self._idle.set()
-        self._under_way = 0
+        self._turns = Turns()
         self._reviving = asyncio.Lock()
         self._checking = asyncio.Lock()
         self._revivals = 0
@@ -135,7 +125,7 @@ class VLLMSampler:
     @property
     def is_open(self) -> bool:
         """Whether completions start at once, and do not wait for an exchange of weights or for `wake`."""
-        return self._open.is_set()
+        return self._turns.is_open
 
     async def sample(
         self,
@@ -212,17 +202,10 @@ class VLLMSampler:
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[int]:
         """The version that answers while the block runs; on the sampler's loop."""
-        await self._open.wait()
-        if self._broken is not None:
-            raise StaleWeightsError(self._broken)
-        self._under_way += 1
-        self._idle.clear()
-        try:
+        async with self._turns.completing():
+            if self._broken is not None:
+                raise StaleWeightsError(self._broken)
             yield self._version
-        finally:
-            self._under_way -= 1
-            if not self._under_way:
-                self._idle.set()
 
     async def _sample(self, request: Request) -> list[Completion]:
         async with self.turn() as version:
@@ -257,23 +240,13 @@ class VLLMSampler:
             EngineError: they are of another one.
         """
         async with self._checking:
-            await self._try_temperature()
+            if self._tells_temperature is None:
+                self._tells_temperature = await self.surviving(lambda: self._probe.tells_temperature(self.engine))
         if not self._tells_temperature:
             raise EngineError(
                 "the engine tells logprobs of another distribution than it samples from at this temperature, top_p or "
                 "top_k: start it with --logprobs-mode processed_logprobs"
             )
-
-    async def _try_temperature(self) -> None:
-        if self._tells_temperature is None:
-            prompt = tuple(self.probe_ids)
-            hot = Request(
-                prompt_ids=prompt, n=1, max_new_tokens=1, temperature=2.0, top_p=1.0, top_k=None, stop=(), seed=1
-            )
-            [answer] = await self.surviving(lambda: self.engine.complete(hot, adapter=False))
-            ids = [*prompt, *answer.token_ids]
-            plain = await self.surviving(lambda: self.engine.score(ids, adapter=False))
-            self._tells_temperature = abs(answer.logprobs[0] - plain[-1]) > 1e-6
 
     def spawn(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:
         """Run something on the sampler's own event loop.
@@ -306,7 +279,7 @@ class VLLMSampler:
                         raise EngineError(f"the engine is gone: {error}") from error
                     if self._served is not None:
                         await self._load(self._served.folder)
-                        self._prove(self._served.trainers, await self._said())
+                        self._probe.compare(self._served.trainers, await self._said())
                 except EngineDiedError:
                     await asyncio.sleep(_PAUSE_S)  # it was about to die; the next request finds it dead
                 except StaleWeightsError as stale:
@@ -336,15 +309,25 @@ class VLLMSampler:
             failure = error
         for _ in weights:  # a collective: every rank drains it, whatever happened to the first
             pass
-        trainers = score(self.probe_ids).float().cpu() if score is not None else None
+        trainers: Future[Tensor | None] = Future()
+        takes = ranks.rank() == 0 and failure is None
+        taking = self._loop.spawn(self._take(folder, trainers, version)) if takes else None
         try:
-            if ranks.rank() == 0 and failure is None:
-                self._loop.wait_for(self._take(folder, trainers, version))
+            # the trainer is asked while the engine loads
+            trainers.set_result(score(self._probe.token_ids).float().cpu() if score is not None else None)
+            if taking is not None:
+                taking.result()
         except Exception as error:
             failure = error
+            if taking is not None:
+                taking.cancel()
+        except BaseException:  # Ctrl-C
+            if taking is not None:
+                taking.cancel()
+            raise
         ranks.settle(failure)
         if ranks.rank() != 0:
-            self._served = _Served(folder=folder, trainers=trainers)  # the first one's engine is everyone's
+            self._served = _Served(folder=folder, trainers=trainers.result())  # the first one's engine is everyone's
         self._version = version
 
     def _write(self, folder: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -353,34 +336,29 @@ class VLLMSampler:
         else:
             write_model(folder, weights)
 
-    async def _take(self, folder: Path, trainers: Tensor | None, version: int) -> None:
+    async def _take(self, folder: Path, trainers: Future[Tensor | None], version: int) -> None:
         """Load weights while nothing is sampled, and prove them; they are the newest then."""
-        self._open.clear()
+        self._turns.close()
         before = self._served
         try:
             if self._asleep:
                 await self.engine.wake()
                 self._asleep = False
-            try:
-                await asyncio.wait_for(self._idle.wait(), self.timeout_s)
-            except TimeoutError as error:
-                raise EngineError(
-                    f"{self._under_way} completions were still under way after {self.timeout_s:g} s"
-                ) from error
+            await self._turns.idle(self.timeout_s)
             self._broken = f"version {version} of the weights was handed over and not proven; hand over newer ones"
-            self._served = _Served(folder=folder, trainers=trainers)  # for an engine that dies on it
-            await self.surviving(lambda: self._load(folder))
+            self._served = _Served(folder=folder)  # for an engine that dies on it
+            loading = self.surviving(lambda: self._load(folder))
+            await asyncio.gather(loading, asyncio.to_thread(_forget, before))
+            self._served.trainers = await asyncio.wrap_future(trainers)
             said = await self.surviving(self._said)
             if before is not None and before.engines is not None and torch.equal(said, before.engines):
-                _must_have_stayed(before.trainers, trainers, version)
-            self._prove(trainers, said)
+                must_have_stayed(before.trainers, self._served.trainers, version)
+            self._probe.compare(self._served.trainers, said)
             self._served.engines = said
             self._broken = None
             self._version = version
-            if before is not None:
-                remove(before.folder)
         finally:
-            self._open.set()
+            self._turns.open()
 
     async def _load(self, folder: Path) -> None:
         if self.model.lora is not None:
@@ -389,39 +367,20 @@ class VLLMSampler:
             await self.engine.load_weights(folder)
 
     async def _said(self) -> Tensor:
-        """[T - 1] float32 logprobs of the probe, by the engine."""
-        return torch.tensor(await self.engine.score(self.probe_ids, adapter=self.has_adapter))
-
-    def _prove(self, trainers: Tensor | None, said: Tensor) -> None:
-        """Compare what trainer and engine say of the probe."""
-        if trainers is None:
-            return
-        difference = float((said - trainers).abs().mean())
-        if not difference <= self.tolerance:
-            raise StaleWeightsError(
-                f"the engine's logprobs differ from the trainer's by {difference:.2g} in the mean, "
-                f"tolerance={self.tolerance:g}: it answers with other weights, or in another precision"
-            )
+        return await self._probe.score(self.engine, adapter=self.has_adapter)
 
     async def _sleep(self) -> None:
-        self._open.clear()
-        await self._idle.wait()
+        self._turns.close()
+        await self._turns.idle()
         await self.engine.sleep()
         self._asleep = True
 
     async def _wake(self) -> None:
         await self.engine.wake()
         self._asleep = False
-        self._open.set()
+        self._turns.open()
 
 
-def _must_have_stayed(before: Tensor | None, after: Tensor | None, version: int) -> None:
-    """Notice an engine that did not move, where the trainer's step was smaller than the tolerance."""
-    if before is None or after is None:
-        return
-    moved = float((after - before).abs().max())
-    if moved > _MOVED:
-        raise StaleWeightsError(
-            f"the trainer's logprobs moved by up to {moved:.2g} to version {version}, the engine's did not at all: it "
-            "answers with old weights"
-        )
+def _forget(served: _Served | None) -> None:
+    if served is not None:
+        remove(served.folder)
