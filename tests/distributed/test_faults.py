@@ -50,7 +50,7 @@ def kill(root: Path, place: str, rank: int, variables: dict[str, str]) -> str:
     assert ended - float(killed) < MOST_S, said
     assert f"fitrl: rank {rank} (process " in said  # the rank that is left
     root_cause = said[said.rindex("Root Cause") :]  # torchrun
-    assert re.search(rf"rank +: {rank} .*\n +exitcode +: -9 .*SIGKILL", root_cause), root_cause
+    assert re.search(rf"rank +: {rank} .*\n +exitcode +: -9 (.*\n)*?.*SIGKILL", root_cause), root_cause
     assert not [process for process in psutil.process_iter(["cmdline"]) if str(root) in (process.info["cmdline"] or [])]
     RunLock(root / "steps" / "run").release()  # and the run is free
     return said
