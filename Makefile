@@ -10,7 +10,7 @@ PLUGINS := $(filter-out plugins/titan/%,$(wildcard plugins/*/pyproject.toml))
 demo: $(VENV)/.installed
 	$(BIN)/fitrl demo
 
-# two at a time, because half of a serial run waits for servers and ranks; a test asks for no more than two cores
+# two at a time, because tests wait for servers and ranks of theirs much of the time
 test: $(VENV)/.installed-test lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
