@@ -20,9 +20,9 @@ from fitrl.policy.lock import RunLock
 
 pytestmark = pytest.mark.slow
 STEPS = "6"
-# from the kill to the end of the job; seen on CPUs: see each place. With NCCL a rank that is left hears nothing in its
-# collective and is ended from outside of it, and the device has to be given up
-MOST_S = 10.0 if ACCELERATOR == "cpu" else 20.0
+# from the kill to the end of the job; each place says what was seen on idle CPUs, a busy machine takes longer. Collectives
+# wait for minutes. With NCCL a rank that is left hears nothing in its own, and is ended from outside of it
+MOST_S = 30.0
 ENDED = "waits for something that cannot come"
 
 
