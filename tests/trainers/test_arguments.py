@@ -400,6 +400,11 @@ def test_activation_checkpointing_holds_fewer_logits_at_once(tmp_path, monkeypat
     trained = len(batch.loss_inputs.targets)
     assert rows == [trained, 2048, trained - 2048]
     assert found[True] == pytest.approx(found[False], rel=1e-4)
+    rows.clear()
+    monkeypatch.setattr("fitrl.objective.linear_head._TILE_BYTES", {"cpu": 1000 * 262 * 4})  # as of a large vocabulary
+    with LocalTrainer(activation_checkpointing=True, accelerator="cpu", devices=1, enable_model_summary=False) as small:
+        small.open(fitrl.TrainableModel("few", "tests", "tiny", lora=None, root=tmp_path)).forward_backward(batch)
+    assert max(rows) == 500  # a fixed number of rows would be more than without
 
 
 def test_sampler_is_handed_the_new_weights(tmp_path) -> None:

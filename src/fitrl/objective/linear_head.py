@@ -180,6 +180,11 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
+def most_rows(vocabulary: int, itemsize: int, device: torch.device) -> int:
+    """Rows of logits that a tile may have there, if nobody says how many."""
+    return max(1, _TILE_BYTES.get(device.type, _TILE_BYTES["cpu"]) // max(1, vocabulary * itemsize))
+
+
 def tiles(rows: int, rows_per_tile: int) -> Iterator[slice]:
     """Cut rows into tiles."""
     for start in range(0, rows, rows_per_tile):

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from fitrl.data.batch import Batch
 from fitrl.errors import InvalidArgumentError, NonFiniteGradientError, UnsupportedError
+from fitrl.objective.linear_head import most_rows
 from fitrl.objective.objective import CustomObjective, Objective, PolicyLoss
 from fitrl.policy.layers import compile_layers, narrow_frozen_layers, recompute_layers
 from fitrl.policy.loading import load_policy, trained_state
@@ -31,7 +32,7 @@ from fitrl.policy.policy import Policy
 from fitrl.policy.scoring import logprobs_of, loss_of
 from fitrl.policy.sharding import clip_by_norm, gradient_norm, whole
 
-# rows of logits at a time where memory is to be spared: half of what is taken else at 151936 columns of float32
+# most rows of logits at a time where memory is to be spared
 _SPARED_ROWS = 2048
 
 
@@ -46,7 +47,7 @@ class PolicyModule(lightning.LightningModule):
         lr_schedule: factor on the learning rate, by optimizer steps taken.
         compile: compile each decoder layer.
         activation_checkpointing: keep only each decoder layer's input, and compute the rest again in backward; the
-            head then holds half as many logits at a time.
+            head then holds at most half as many logits at a time.
     """
 
     def __init__(
@@ -143,9 +144,11 @@ class PolicyModule(lightning.LightningModule):
             strategy: Any = self.trainer.strategy
             told: PolicyLoss = strategy.compute_loss(batch, objective)
             return told
-        return loss_of(
-            self.policy, batch, objective, rows_per_tile=_SPARED_ROWS if self.activation_checkpointing else None
-        )
+        rows_per_tile = None
+        if self.activation_checkpointing:
+            usual = most_rows(self.policy.vocabulary_size, torch.float32.itemsize, batch.loss_inputs.rows.device)
+            rows_per_tile = max(1, min(_SPARED_ROWS, usual // 2))
+        return loss_of(self.policy, batch, objective, rows_per_tile=rows_per_tile)
 
     @torch.no_grad()
     def score(self, batch: Batch, policy: Policy | None = None) -> Tensor:
