@@ -398,18 +398,27 @@ def behaviour(options: argparse.Namespace, device: torch.device) -> dict[str, An
         model = fitrl.TrainableModel("other", "benchmarks", "random", lora=None, root=tempfile.mkdtemp())
         graphs = []
         for number in range(24):
-            draw = random.Random(number)
-            found = [
-                [([draw.randrange(9) for _ in range(20 + 9 * number)], [draw.randrange(9) for _ in range(n + 30)])]
-                * (1 + number % 3)
-                for n in range(1 + number % 5)
-            ]
+            found = _batch_of_another_shape(number)
             trainer.fit_rl(model, groups_of(found), save_checkpoint=False)
             graphs.append(counters["stats"]["unique_graphs"])
         told["graphs by the first 4 batches"] = graphs[3]
         told["graphs by 20 more batches"] = graphs[-1] - graphs[3]
         told["waits in a step"] = waits(trainer, model, groups_of(found))
     return told
+
+
+def _batch_of_another_shape(number: int) -> list[list[tuple[list[int], list[int]]]]:
+    """Groups by two turns: histories of their own, and answers that share their prompt."""
+    draw = random.Random(number)
+
+    def ids(count: int) -> list[int]:
+        return [draw.randrange(1000) for _ in range(count)]
+
+    groups = []
+    for _ in range(1 + number % 3):
+        prompt = ids(20 + 9 * number)
+        groups.append([(prompt if number % 2 else ids(len(prompt)), ids(10 + 7 * n)) for n in range(2 + number % 5)])
+    return groups
 
 
 def waits(trainer: Any, model: fitrl.TrainableModel, groups: Any) -> int:

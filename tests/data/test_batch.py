@@ -159,3 +159,14 @@ def test_a_feed_is_sized_and_can_be_read_twice(batch: Batch) -> None:
     assert len(feed) == 2
     assert list(feed) == list(feed)
     assert next(iter(feed)) is batch
+
+
+def test_a_batch_is_pinned_when_its_turn_comes(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[Batch] = []
+    monkeypatch.setattr(Batch, "pin_memory", lambda self: pinned.append(self) or self.filler())
+    feed = iter(Feed([batch, batch], pinned=True))
+
+    assert next(feed) is not batch
+    assert pinned == [batch]
+    assert len(list(feed)) == 1
+    assert pinned == [batch, batch]

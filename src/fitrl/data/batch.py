@@ -177,16 +177,21 @@ class Feed:
 
     Sized, because Lightning fetches one batch ahead of a loader without a length, and no list, because a list is a
     list of loaders to it.
+
+    Args:
+        batches: of an epoch, in order.
+        pinned: copy each to page-locked memory when its turn comes, while a GPU still computes the one before.
     """
 
-    def __init__(self, batches: Sequence[Batch]) -> None:
+    def __init__(self, batches: Sequence[Batch], *, pinned: bool = False) -> None:
         self._batches = batches
+        self._pinned = pinned
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self._batches)
+        return (batch.pin_memory() if self._pinned else batch for batch in self._batches)
 
 
 def _mapped(tensors: _Tensors, copy: Callable[[Tensor], Tensor]) -> _Tensors:

@@ -166,7 +166,8 @@ class RLTrainer(SessionTrainer):
             while True:
                 try:
                     try:
-                        self._run_epoch(module, Feed(plan.batches), accumulate=plan.accumulate)
+                        feed = Feed(plan.batches, pinned=self.strategy.root_device.type == "cuda")
+                        self._run_epoch(module, feed, accumulate=plan.accumulate)
                     finally:
                         if self.verbs.is_live:
                             self.verbs.clear_gradients()  # of a step that a callback stopped in its middle

@@ -102,9 +102,8 @@ def _pack(
     accumulate = math.ceil(max(map(len, steps)) / ranks.num_data_ranks())
     for batches in steps:
         batches += [batches[0].filler() for _ in range(accumulate * ranks.num_data_ranks() - len(batches))]
-    mine = [batch for batches in steps for batch in ranks.share_of(batches)]
     return Plan(
-        batches=[batch.pin_memory() for batch in mine] if device.type == "cuda" else mine,
+        batches=[batch for batches in steps for batch in ranks.share_of(batches)],
         accumulate=accumulate,
         first_step=first_step,
         kl_mean=kl_mean,
