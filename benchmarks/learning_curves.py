@@ -1,8 +1,8 @@
-"""The fast path learns what the plain one does: SmolLM2 on sums, both ways, several seeds, one GPU.
+"""The fast paths learn what the plain one does: SmolLM2 on sums, three ways, several seeds, one GPU.
 
-Each run is `smollm2_arithmetic.py` with `--path fast` (packed rows, shared prefixes, compiled) or `--path plain`
-(padded batches, not compiled), in its own process. The runs that learn go side by side, because only their rewards are
-read; two more, one after the other, are timed.
+Each run is `smollm2_arithmetic.py` in its own process, with `--path fast` (compiled, each batch laid out as takes least
+time), `--path shared` (compiled, always packed with shared prefixes) or `--path plain` (padded batches, not compiled).
+The runs that learn go side by side, because only their rewards are read; three more, one after the other, are timed.
 
     python benchmarks/learning_curves.py [--steps 60] [--seeds 3] [--max_seconds 300] [--base_model PATH.gguf]
 """
@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-PATHS = ("fast", "plain")
+PATHS = ("fast", "shared", "plain")
 RECIPE = Path(__file__).with_name("smollm2_arithmetic.py")
 
 
@@ -34,7 +34,7 @@ def main() -> None:
         "--max_seconds", type=float, default=1e5, help="of each run's training; what all reached counts"
     )
     parser.add_argument("--timed_steps", type=int, default=20, help="optimizer steps of the timed runs")
-    parser.add_argument("--at_once", type=int, default=6, help="runs side by side")
+    parser.add_argument("--at_once", type=int, default=9, help="runs side by side")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
@@ -88,29 +88,34 @@ def summary(found: dict[tuple[str, int], Any], timed: dict[str, Any], options: a
     steps = len(next(iter(found.values()))["rewards"])
     tail = max(1, steps // 4)
     lines = [
-        "# The fast path learns what the plain one does",
+        "# The fast paths learn what the plain one does",
         "",
         f"SmolLM2-135M-Instruct, sums, all weights: {options.seeds} seeds of {steps} steps. Reward: mean of the last "
         f"{tail} steps, over seeds, and its standard error; held out: after the {_range(found)} steps of the "
-        "whole run. Seconds: median of an update alone on the GPU, the first two left out.",
+        "whole run. Seconds, of a run alone on the GPU: median of an update, the first two left out, and with the "
+        "mean of a rollout.",
         "",
         "| path | reward | held out, greedy | update s | whole step s |",
         "|---|---|---|---|---|",
     ]
     for path in PATHS:
         reports = [report for (kind, _), report in found.items() if kind == path]
-        ends = [statistics.mean(report["rewards"][-tail:]) for report in reports]
+        last = [statistics.mean(report["rewards"][-tail:]) for report in reports]
         held = [report["after"]["greedy"]["mean"] for report in reports]
         seconds, alone = timed[path]["seconds"], timed[path]["update_seconds"]
         update = statistics.median(alone[2:] or alone)
-        whole = (seconds["rollout"] + sum(alone)) / len(alone)
-        lines.append(f"| {path} | {_spread(ends)} | {_spread(held)} | {update:.3f} | {whole:.2f} |")
-    pairs = [[statistics.mean(found[path, seed]["rewards"][-tail:]) for path in PATHS] for seed in range(options.seeds)]
-    differences = [fast - plain for fast, plain in pairs]
+        whole = seconds["rollout"] / len(alone) + update
+        lines.append(f"| {path} | {_spread(last)} | {_spread(held)} | {update:.3f} | {whole:.2f} |")
+    ends = {run: statistics.mean(report["rewards"][-tail:]) for run, report in found.items()}
+    differences = {
+        path: _spread([ends[path, seed] - ends["plain", seed] for seed in range(options.seeds)]) for path in PATHS[:-1]
+    }
     one = next(iter(found.values()))
     lines += [
         "",
-        f"Difference of the rewards, seed by seed: {_spread(differences)}.",
+        "Rewards less those of the plain path, seed by seed: "
+        + ", ".join(f"{path} {difference}" for path, difference in differences.items())
+        + ".",
         "",
         "![rewards](learning_curves.png)",
         "",
@@ -142,9 +147,7 @@ def draw(found: dict[tuple[str, int], Any], path: Path) -> None:
     for (kind, seed), report in found.items():
         rewards = report["rewards"]
         smooth = [statistics.mean(rewards[max(0, i - 4) : i + 1]) for i in range(len(rewards))]
-        axes.plot(
-            range(1, len(smooth) + 1), smooth, color={"fast": "C0", "plain": "C1"}[kind], label=None if seed else kind
-        )
+        axes.plot(range(1, len(smooth) + 1), smooth, color=f"C{PATHS.index(kind)}", label=None if seed else kind)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("mean reward")
     axes.legend()

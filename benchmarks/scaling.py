@@ -220,7 +220,7 @@ def job(number: int, strategy: str, options: argparse.Namespace) -> None:
     # every rank makes the same weights
     torch.manual_seed(0)
     with (
-        random_weights("tiny" if options.tiny else case.shape, device, share=True),
+        random_weights("tiny" if options.tiny else case.shape, device),
         tempfile.TemporaryDirectory() as root,
         trainer_of(
             strategy,

@@ -30,7 +30,8 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from unittest import mock
 
 import lightning
 import torch
@@ -40,6 +41,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 import fitrl
+from fitrl.data import packing
 from fitrl.data.completion import Completion
 from fitrl.policy import loading, module, scoring
 from fitrl.policy.attention import read_no_packed_rows, read_packed_rows
@@ -48,10 +50,12 @@ from fitrl.policy.policy import Policy
 SHAPES: dict[str, dict[str, Any]] = {
     "0.6B": {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_hidden_layers": 28},
     "4B": {"hidden_size": 2560, "intermediate_size": 9728, "num_attention_heads": 32, "num_hidden_layers": 36},
-    "tiny": {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 2},
+    "135M": {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_hidden_layers": 30}
+    | {"num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49_152},  # SmolLM2's
+    "tiny": {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 2}
+    | {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 1024},
 }
 COMMON = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936, "max_position_embeddings": 131_072}
-TINY = {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 1024, "max_position_embeddings": 131_072}
 LONG = {"16k": 16384, "64k": 65536}
 PEAK_FLOPS = 989e12  # bfloat16, dense, of one H100 SXM by its data sheet
 
@@ -65,7 +69,7 @@ class Case:
     groups: str
     lora: bool = False
     checkpointing: bool = False
-    share: bool = True
+    layout: Literal["auto", "padded", "packed", "shared"] = "auto"
     moments: str = "float32"
     trl: tuple[tuple[int, bool], ...] = ()  # trajectories a microbatch, checkpointed
     repeats: int = 5
@@ -76,12 +80,16 @@ CASES = (
     Case("0.6B full, histories of 16k", "0.6B", "16k"),
     Case("0.6B full, 16 answers to each of 8 short prompts", "0.6B", "short prompts", trl=((16, False), (32, True))),
     Case("0.6B full, 16 answers of 256 to a prompt of 2k", "0.6B", "long prompt", trl=((8, False), (16, True))),
-    Case("0.6B full, the same, prefix not shared", "0.6B", "long prompt", share=False),
+    Case("0.6B full, the same, prefix not shared", "0.6B", "long prompt", layout="packed"),
     Case("0.6B LoRA r16, histories of 16k", "0.6B", "16k", lora=True),
     Case("0.6B full, 8-bit moments, uneven, 16k in all", "0.6B", "uneven", moments="8bit"),
     Case("4B LoRA r16, histories of 16k, checkpointed", "4B", "16k", lora=True, checkpointing=True, repeats=3),
     Case("0.6B full, histories of 64k, checkpointed", "0.6B", "64k", checkpointing=True, repeats=2),
     Case("0.6B full, histories of 16k, checkpointed", "0.6B", "16k", checkpointing=True),
+    *(
+        Case(f"135M full, 8 short answers to each of 32 prompts, {layout}", "135M", "small", layout=layout, repeats=10)
+        for layout in ("auto", "padded", "packed", "shared")
+    ),
 )
 
 
@@ -152,6 +160,11 @@ def histories(kind: str, tiny: bool, seed: int) -> list[list[tuple[list[int], li
         return [groups]
     if kind == "short prompts":
         return [answers(draw.randint(64, 256), [draw.randint(64, 1024) for _ in range(16)]) for _ in range(8)]
+    if kind == "small":  # all prompts begin with the same system message
+        system = ids(25)
+        return [
+            [(system + prompt, ids(draw.randint(8, 40))) for _ in range(8)] for prompt in [ids(12) for _ in range(32)]
+        ]
     return [answers(2048, [256] * 16)]
 
 
@@ -175,24 +188,26 @@ def groups_of(found: list[list[tuple[list[int], list[int]]]]) -> list[fitrl.Traj
 
 
 @contextlib.contextmanager
-def random_weights(shape: str, device: torch.device, *, share: bool) -> Iterator[None]:
-    """Let trainers load a model of this shape with random weights, made on the device."""
+def random_weights(shape: str, device: torch.device, *, layout: str = "auto") -> Iterator[None]:
+    """Let trainers load a model of this shape with random weights, made on the device, and lay its batches out so."""
     kept = module.load_policy
 
     def load(base_model: str, lora: fitrl.LoraSettings | None = None, **_: Any) -> Policy:
-        sizes = SHAPES[shape] | (TINY if shape == "tiny" else COMMON)
+        sizes = COMMON | SHAPES[shape]
         with torch.device(device):
             network: Any = AutoModelForCausalLM.from_config(Qwen3Config(**sizes, tie_word_embeddings=True))
         if lora is not None:
             network = loading._with_adapters(network, lora)
         policy = Policy(network=network, tokenizer=loading.load_tokenizer("tiny"), has_linear_head=True)
-        policy.can_pack = read_packed_rows(policy.causal_lm)
-        policy.can_share = policy.can_pack and share
+        policy.can_pack = layout != "padded" and read_packed_rows(policy.causal_lm)
+        policy.can_share = policy.can_pack and layout != "packed"
         return policy
 
     module.load_policy = load
+    always = {} if layout == "auto" else dict.fromkeys(packing.LAUNCHES, 0.0)  # whatever the launches take
     try:
-        yield
+        with mock.patch.dict(packing.LAUNCHES, always):
+            yield
     finally:
         module.load_policy = kept
 
@@ -202,7 +217,7 @@ def trainer_of(case: Case, options: argparse.Namespace, device: torch.device) ->
     """A trainer of the case, and a function that makes an update."""
     shape = "tiny" if options.tiny else case.shape
     with (
-        random_weights(shape, device, share=case.share),
+        random_weights(shape, device, layout=case.layout),
         tempfile.TemporaryDirectory() as root,
         fitrl.LocalTrainer(
             accelerator="gpu" if device.type == "cuda" else "cpu",
@@ -288,7 +303,7 @@ def run_trl(case: Case, found: Any, options: argparse.Namespace, device: torch.d
         update: Any = None
         try:
             shape = "tiny" if options.tiny else case.shape
-            with random_weights(shape, device, share=False), tempfile.TemporaryDirectory() as root:
+            with random_weights(shape, device, layout="padded"), tempfile.TemporaryDirectory() as root:
                 policy = module.load_policy("random")
                 read_no_packed_rows(policy.causal_lm)
                 update = TRLUpdate(
@@ -333,18 +348,19 @@ def _flops(case: Case, found: Any) -> float:
 
     A frozen weight takes two products instead of three.
     """
-    sizes = SHAPES[case.shape] | COMMON
+    sizes = COMMON | SHAPES[case.shape]
     hidden, inner, layers = sizes["hidden_size"], sizes["intermediate_size"], sizes["num_hidden_layers"]
-    width, keys = sizes["num_attention_heads"] * 128, sizes["num_key_value_heads"] * 128
+    width, keys = (sizes[name] * sizes["head_dim"] for name in ("num_attention_heads", "num_key_value_heads"))
     weights = layers * hidden * (2 * width + 2 * keys + 3 * inner)
     tokens = positions = rows = 0
     for group in found:
         prompt = len(group[0][0])
         rows += sum(len(answer) for _, answer in group)
         own = [len(answer) for _, answer in group]
-        shared = prompt if case.share else prompt * len(group)
+        shares = case.layout in ("auto", "shared")
+        shared = prompt if shares else prompt * len(group)
         tokens += shared + sum(own)
-        positions += prompt**2 / 2 * (1 if case.share else len(group)) + sum(n * prompt + n * n / 2 for n in own)
+        positions += prompt**2 / 2 * (1 if shares else len(group)) + sum(n * prompt + n * n / 2 for n in own)
     each = 4 if case.lora else 6
     return each * (tokens * weights + rows * hidden * sizes["vocab_size"]) + 12 * layers * width * positions
 
@@ -390,7 +406,7 @@ def behaviour(options: argparse.Namespace, device: torch.device) -> dict[str, An
     """Graphs compiled for the first batches and for 20 of other shapes; whether a step waits for the device."""
     if device.type != "cuda" or (options.only and "behaviour" not in options.only):
         return {}
-    case = Case("behaviour", "tiny", "uneven")
+    case = Case("behaviour", "tiny", "uneven", layout="shared")
     told: dict[str, Any] = {}
     counters.clear()
     with trainer_of(case, argparse.Namespace(tiny=False), device) as (trainer, update):

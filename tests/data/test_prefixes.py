@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fitrl.data import packing
 from fitrl.data.histories import TokenHistory
 from fitrl.data.packing import pack
 from fitrl.data.prefixes import Prefixes, Row, separate_row
@@ -138,10 +140,10 @@ def test_shared_positions_count_once_against_max_tokens(samples: list[Sample], s
 
 
 @given(trees(), st.integers(0, 12), st.integers(1, 64), st.booleans())
-def test_auto_keeps_max_tokens_whatever_it_takes(samples: list[Sample], slack: int, hidden: int, sparse: bool) -> None:
+def test_auto_keeps_max_tokens_whatever_it_takes(samples: list[Sample], slack: int, hidden: int, gpu: bool) -> None:
     limit = slack + max(one.num_input_tokens for one in samples)
 
-    batches = pack(samples, share_prefixes=True, max_tokens=limit, hidden_size=hidden, sparse_attention=sparse)
+    batches = pack(samples, share_prefixes=True, max_tokens=limit, hidden_size=hidden, on_gpu=gpu)
 
     for batch in batches:
         assert batch.num_positions <= limit
@@ -200,7 +202,16 @@ def test_attention_that_skips_makes_packing_cheap() -> None:
     samples = [sample(token_history(range(1, length + 1), [0] * (length - 1) + [1])) for length in (100, 60, 60, 60)]
 
     assert pack(samples, hidden_size=4)[0].layout == "padded"
-    assert pack(samples, hidden_size=4, sparse_attention=True)[0].layout == "packed"
+    with mock.patch.dict(packing.LAUNCHES, dict.fromkeys(packing.LAUNCHES, 0.0)):
+        assert pack(samples, hidden_size=4, on_gpu=True)[0].layout == "packed"
+
+
+def test_a_gpu_takes_the_fewest_launches_for_a_small_batch_and_the_least_arithmetic_for_a_large_one() -> None:
+    """8 answers of 30 to each of 32 prompts of 40 tokens: a small model waits for the host, a larger one computes."""
+    samples = _groups(num_groups=32, group_size=8, prompt=40, answer=30)
+
+    assert pack(samples, share_prefixes=True, hidden_size=576, on_gpu=True)[0].layout == "padded"
+    assert pack(samples, share_prefixes=True, hidden_size=2048, on_gpu=True)[0].layout == "shared"
 
 
 @given(trees())

@@ -53,9 +53,7 @@ def assign(
                     f"a trajectory takes {needed} positions, max_tokens={max_tokens} allows fewer"
                 )
     if prefixes is not None:
-        line = _Line(samples, prefixes)
-        if layout == "shared" or line.saves:
-            return line.cut(max_tokens, num_batches, multiple_of)
+        return _Line(samples, prefixes).cut(max_tokens, num_batches, multiple_of)
     if num_batches is not None:
         return balance(samples, num_batches)
     bins = first_fit(samples, max_tokens, layout)
@@ -67,6 +65,12 @@ def assign(
     return bins
 
 
+def saves_enough(prefixes: Prefixes) -> bool:
+    """Whether sharing these prefixes saves one token in `WORTHWHILE`."""
+    size = prefixes.grow([], range(len(prefixes.lengths)))[1]
+    return (sum(prefixes.lengths) - size) * WORTHWHILE >= sum(prefixes.lengths)
+
+
 class _Line:
     """Samples in depth-first order of their prefixes, to be cut into microbatches that each hold neighbours."""
 
@@ -76,7 +80,6 @@ class _Line:
         self._histories = list(starmap(range, pairwise(stops)))
         self._order = sorted(range(len(samples)), key=lambda index: min(map(prefixes.rank, self._histories[index])))
         self._size = prefixes.grow([], range(stops[-1]))[1]
-        self.saves = (sum(prefixes.lengths) - self._size) * WORTHWHILE >= sum(prefixes.lengths)
 
     def cut(self, max_tokens: int | None, num_batches: int | None, multiple_of: int) -> list[list[int]]:
         most = self._size if max_tokens is None else max_tokens

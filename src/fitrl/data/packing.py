@@ -7,18 +7,24 @@ share a microbatch, because sequence-level ratios need the whole trajectory; whi
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from fitrl.data.batch import Batch, LossTargets, ModelInputs
-from fitrl.data.bins import WORTHWHILE, Layout, assign
+from fitrl.data.bins import Layout, assign, saves_enough
 from fitrl.data.histories import TokenHistory
 from fitrl.data.prefixes import Prefixes, Row, lengths_of, separate_row
 from fitrl.data.samples import Sample
 from fitrl.errors import InvalidArgumentError
+
+# What one H100 computes while the host launches the kernels of one decoder layer, forward and backward, in FLOP: 2.2,
+# 2.9 and 3.8 ms at 250 TFLOP/s, by `benchmarks/update.py --only 135M`
+LAUNCHES: dict[Layout, float] = {"padded": 5.5e11, "packed": 7.2e11, "shared": 9.5e11}
 
 
 def deal(num_groups: int, num_minibatches: int, *, seed: int, step: int, epoch: int) -> list[list[int]]:
@@ -42,7 +48,7 @@ def pack(
     layout: Layout = "auto",
     share_prefixes: bool = False,
     hidden_size: int = 1024,
-    sparse_attention: bool = False,
+    on_gpu: bool = False,
     num_tokens: float | None = None,
     num_sequences: float | None = None,
     kl_mean: float | None = None,
@@ -57,11 +63,12 @@ def pack(
         num_batches: exactly so many microbatches instead, of about equal size.
         multiple_of: with `max_tokens`, rather some more microbatches than a number that this does not divide, and of
             about equal size, so that each of so many ranks has as much work.
-        layout: "auto" takes, per microbatch, the one that costs the transformer less arithmetic; "shared" is packed,
-            with every common prefix held once.
+        layout: "auto" takes the one with which the transformer has the least arithmetic over all microbatches;
+            "shared" is packed, with every common prefix held once.
         share_prefixes: whether "auto" may share prefixes, where that saves enough; the policy has to be able to.
         hidden_size: width of the model, which decides what attention over a packed row costs.
-        sparse_attention: whether attention skips what is out of sight, instead of computing and masking it.
+        on_gpu: whether a GPU computes. There attention skips what is out of sight, instead of computing and masking
+            it, and a small batch takes as long as its kernels take to be launched: padding has the fewest of them.
         num_tokens: trainable tokens of the step; None: those of `samples`.
         num_sequences: trajectories of the step; None: those of `samples`.
         kl_mean: mean of q - ref over the call.
@@ -80,47 +87,108 @@ def pack(
     sequences = float(len(samples)) if num_sequences is None else num_sequences
     chosen = [index for index, sample in enumerate(samples) if sample.advantage != 0.0 or not skip_zero_advantage]
     chosen = chosen or [0]
-    packed = [samples[index] for index in chosen]
-    shares = layout == "shared" or (layout == "auto" and share_prefixes)
-    prefixes = Prefixes([history for sample in packed for history in sample.histories]) if shares else None
-    bins = assign(
-        packed,
+    plans = _plans(
+        [samples[index] for index in chosen],
         layout=layout,
-        prefixes=prefixes,
+        share_prefixes=share_prefixes,
         max_tokens=max_tokens,
         num_batches=num_batches,
         multiple_of=multiple_of,
+        cost=partial(_cost, hidden_size=hidden_size, on_gpu=on_gpu),
     )
-    starts = [0, *accumulate(len(sample.histories) for sample in packed)]
     return [
         _build(
-            [packed[index] for index in indices],
-            tree=None
-            if prefixes is None
-            else prefixes.row([number for index in indices for number in range(starts[index], starts[index + 1])]),
-            members=[chosen[index] for index in indices],
-            layout=layout,
-            max_tokens=max_tokens if num_batches is None else None,
-            hidden_size=hidden_size,
-            sparse_attention=sparse_attention,
+            [samples[chosen[index]] for index in bin.indices],
+            row=bin.row,
+            members=[chosen[index] for index in bin.indices],
+            layout=bin.layout,
             num_tokens=tokens,
             num_sequences=sequences,
             kl_mean=kl_mean,
             measures_mismatch=measures_mismatch,
         )
-        for indices in bins
+        for bin in min(plans, key=lambda bins: sum(bin.cost for bin in bins))
     ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Bin:
+    """Samples of one microbatch, how they are laid out, and what that costs."""
+
+    indices: list[int]
+    layout: Layout
+    row: Row | None  # of a tree; None: nothing is shared
+    cost: float
+
+
+def _plans(
+    samples: Sequence[Sample],
+    *,
+    layout: Layout,
+    share_prefixes: bool,
+    max_tokens: int | None,
+    num_batches: int | None,
+    multiple_of: int,
+    cost: Callable[[Layout, Tensor, Row | None], float],
+) -> Iterator[list[_Bin]]:
+    """Ways to put samples into microbatches: by their size in each layout that is allowed.
+
+    A microbatch that was filled by the size of one layout may still be cheaper in another that fits.
+    """
+    lengths = [[len(history) - 1 for history in sample.histories] for sample in samples]
+    starts = [0, *accumulate(map(len, lengths))]
+    limit = max_tokens if num_batches is None else None
+
+    def cheapest(indices: list[int], prefixes: Prefixes | None) -> _Bin:
+        own = torch.tensor([length for index in indices for length in lengths[index]])
+        sizes: dict[Layout, int] = {"padded": len(own) * int(own.max()), "packed": int(own.sum())}
+        row = None
+        if prefixes is not None:
+            row = prefixes.row([n for index in indices for n in range(starts[index], starts[index + 1])])
+            sizes["shared"] = len(row.positions)
+        fitting = [name for name in sizes if limit is None or sizes[name] <= limit] if layout == "auto" else [layout]
+        bins = [
+            _Bin(indices=indices, layout=name, row=tree, cost=cost(name, own, tree))
+            for name in fitting
+            for tree in [row if name == "shared" else None]
+        ]
+        return min(bins, key=lambda bin: bin.cost)
+
+    ways: tuple[Layout, ...] = ("packed", "padded", "shared") if layout == "auto" else (layout,)
+    for way in ways:
+        prefixes = None
+        if way == "shared" and (share_prefixes or layout == "shared"):
+            prefixes = Prefixes([history for sample in samples for history in sample.histories])
+        if layout == "auto" and not _helps(way, lengths, prefixes, limit, multiple_of):
+            continue
+        bins = assign(
+            samples,
+            layout=way,
+            prefixes=prefixes,
+            max_tokens=max_tokens,
+            num_batches=num_batches,
+            multiple_of=multiple_of,
+        )
+        yield [cheapest(indices, prefixes) for indices in bins]
+
+
+def _helps(
+    way: Layout, lengths: Sequence[Sequence[int]], prefixes: Prefixes | None, limit: int | None, multiple_of: int
+) -> bool:
+    """Whether the size in a layout says what fits, and says anything else than that in the layout "packed"."""
+    if way == "shared":
+        return prefixes is not None and saves_enough(prefixes)
+    if way == "padded":  # without a limit all samples fit; rows of about one length are not as much work for each rank
+        return limit is not None and multiple_of == 1 and all(len(own) * max(own) <= limit for own in lengths)
+    return True
 
 
 def _build(
     samples: Sequence[Sample],
     *,
-    tree: Row | None,
+    row: Row | None,
     members: Sequence[int],
     layout: Layout,
-    max_tokens: int | None,
-    hidden_size: int,
-    sparse_attention: bool,
     num_tokens: float,
     num_sequences: float,
     kl_mean: float | None,
@@ -128,15 +196,13 @@ def _build(
 ) -> Batch:
     histories = [history for sample in samples for history in sample.histories]
     lengths = torch.tensor([len(history) for history in histories])
+    row = separate_row(histories) if row is None else row
     ids = torch.cat([history.token_ids for history in histories])
     mask = torch.cat([history.mask for history in histories])
     is_input = torch.ones_like(mask)
     is_input[lengths.cumsum(0) - 1] = False  # the last token of a history predicts nothing
     predicted = mask.nonzero().squeeze(1)
 
-    if layout == "auto":
-        layout = _cheapest(lengths - 1, tree, hidden_size, sparse_attention, max_tokens)
-    row = tree if layout == "shared" and tree is not None else separate_row(histories)
     inputs, slots = _lay_out(ids[is_input], histories, row, layout)
     slot = torch.full_like(ids, -1)
     slot[is_input] = slots
@@ -198,22 +264,20 @@ def _lay_out(ids: Tensor, histories: Sequence[TokenHistory], row: Row, layout: L
     return inputs, slots
 
 
-def _cheapest(
-    lengths: Tensor, tree: Row | None, hidden_size: int, sparse_attention: bool, max_tokens: int | None
-) -> Layout:
-    """The layout with the least arithmetic: a token costs about 24 H^2 in the layers' matrices, 4 H a key it sees."""
-    rows, width, tokens = len(lengths), int(lengths.max()), int(lengths.sum())
-    sizes: dict[Layout, int] = {"padded": rows * width, "packed": tokens}
-    keys: dict[Layout, float]  # that all queries together see
-    if sparse_attention:
-        keys = {"padded": rows * width * (width + 1) / 2, "packed": float((lengths * (lengths + 1)).sum()) / 2}
+def _cost(layout: Layout, lengths: Tensor, row: Row | None, *, hidden_size: int, on_gpu: bool) -> float:
+    """FLOP of a decoder layer for histories of so many inputs, forward and backward, or what takes as long.
+
+    A token takes about 24 H^2 in matrices and 4 H a key it sees, three times with the backward. On a GPU a layer takes
+    at least as long as its launches.
+    """
+    if layout == "padded":
+        positions, width = lengths.numel() * int(lengths.max()), int(lengths.max())
+        keys = positions * (width + 1) / 2 if on_gpu else positions * width
+    elif row is None:
+        positions = int(lengths.sum())
+        keys = float((lengths * (lengths + 1)).sum()) / 2 if on_gpu else positions**2
     else:
-        keys = {"padded": rows * width**2, "packed": tokens**2}
-    if tree is not None:
-        sizes["shared"] = len(tree.positions)
-        keys["shared"] = float((tree.positions + 1).sum()) if sparse_attention else len(tree.positions) ** 2
-    costs: dict[Layout, float] = {name: 6 * hidden_size * sizes[name] + keys[name] for name in sizes}
-    if tree is not None:
-        costs["shared"] *= WORTHWHILE / (WORTHWHILE - 1)
-    fitting = [name for name in sizes if max_tokens is None or sizes[name] <= max_tokens]
-    return min(fitting, key=costs.__getitem__)
+        positions = len(row.positions)
+        keys = float((row.positions + 1).sum()) if on_gpu else positions**2
+    cost = 12.0 * hidden_size * (6 * hidden_size * positions + keys)
+    return max(cost, LAUNCHES[layout]) if on_gpu else cost

@@ -319,5 +319,5 @@ def _layout(policy: Policy | None) -> dict[str, Any]:
         "layout": "auto" if policy.can_pack else "padded",
         "share_prefixes": policy.can_share,
         "hidden_size": policy.hidden_size,
-        "sparse_attention": policy.skips_hidden_keys,
+        "on_gpu": policy.skips_hidden_keys,
     }
