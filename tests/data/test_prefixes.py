@@ -85,18 +85,25 @@ def test_some_histories_in_any_order(samples: list[Sample]) -> None:
     prefixes = Prefixes(histories)
     chosen = random.Random(len(histories)).sample(range(len(histories)), (len(histories) + 1) // 2)
 
-    row = prefixes.row(chosen)
+    _check_row(prefixes.row(chosen), [histories[index] for index in chosen])
 
+
+def _check_row(row: Row, histories: Sequence[TokenHistory]) -> None:
+    """Each history lies in the row token by token, and its tokens see those before them and nothing else."""
+    held: dict[int, int] = {}
     start = 0
-    for index in chosen:
-        length = len(histories[index]) - 1
+    for history in histories:
+        length = len(history) - 1
         places = row.slots[start : start + length]
+        for place, token in zip(places.tolist(), history.token_ids.tolist(), strict=False):
+            assert held.setdefault(place, token) == token
         assert row.positions[places].tolist() == list(range(length))
         last = places[-1] if length else 0
         seen = [place for place in range(int(last) + 1) if row.ends[place] > last]
         assert seen == places.tolist()
         start += length
     assert start == len(row.slots)
+    assert sorted(held) == list(range(len(row.positions)))
 
 
 def test_the_example_of_the_docstring() -> None:
@@ -212,6 +219,36 @@ def test_a_gpu_takes_the_fewest_launches_for_a_small_batch_and_the_least_arithme
 
     assert pack(samples, share_prefixes=True, hidden_size=576, on_gpu=True)[0].layout == "padded"
     assert pack(samples, share_prefixes=True, hidden_size=2048, on_gpu=True)[0].layout == "shared"
+
+
+@given(trees(), st.floats(0.01, 4.0))
+def test_what_is_not_worth_sharing_is_held_by_each_branch(samples: list[Sample], query_cost: float) -> None:
+    histories = _histories(samples)
+    prefixes = Prefixes(histories)
+
+    row = prefixes.row(range(len(histories)), query_cost=query_cost)
+
+    _check_row(row, histories)
+    assert _tree_size(samples) <= len(row.positions) <= sum(prefixes.lengths)
+
+
+def test_a_beginning_is_shared_if_it_saves_enough_for_each_query_behind_it() -> None:
+    """3 groups of 2 behind a system message of 4: that saves 8 tokens for 72 queries; each prompt of 10, 10 for 4."""
+    histories = [
+        token_history([*[1] * 4, *[10 + group] * 10, 20 + answer, 21, 0], [0] * 14 + [1] * 3)
+        for group in range(3)
+        for answer in range(2)
+    ]
+    prefixes = Prefixes(histories)
+
+    def size(query_cost: float) -> int:
+        return len(prefixes.row(range(6), query_cost=query_cost).positions)
+
+    assert size(0.0) == 4 + 3 * (10 + 2 * 2)
+    assert size(8 / 42 - 0.01) == 4 + 3 * (10 + 2 * 2)
+    assert size(8 / 42 + 0.01) == 3 * (14 + 2 * 2)
+    assert size(14 / 4 - 0.01) == 3 * (14 + 2 * 2)
+    assert size(14 / 4 + 0.01) == 6 * 16
 
 
 @given(trees())

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fitrl.data.batch import Batch, LossTargets, ModelInputs
-from fitrl.data.bins import Layout, assign, saves_enough
+from fitrl.data.bins import WORTHWHILE, Layout, assign, saves_enough
 from fitrl.data.histories import TokenHistory
 from fitrl.data.prefixes import Prefixes, Row, lengths_of, separate_row
 from fitrl.data.samples import Sample
@@ -25,6 +25,11 @@ from fitrl.errors import InvalidArgumentError
 # What one H100 computes while the host launches the kernels of one decoder layer, forward and backward, in FLOP: 2.2,
 # 2.9 and 3.8 ms at 250 TFLOP/s, by `benchmarks/update.py --only 135M`
 LAUNCHES: dict[Layout, float] = {"padded": 5.5e11, "packed": 7.2e11, "shared": 9.5e11}
+
+
+# The same for a query that sees a short beginning which many share: few blocks of keys are few programs of flash
+# attention's backward, each of which goes through all these queries, 64 of them in 4 us
+CROSSING = 1.5e7
 
 
 def deal(num_groups: int, num_minibatches: int, *, seed: int, step: int, epoch: int) -> list[list[int]]:
@@ -94,6 +99,7 @@ def pack(
         max_tokens=max_tokens,
         num_batches=num_batches,
         multiple_of=multiple_of,
+        query_cost=CROSSING / (72 * hidden_size**2) if on_gpu and layout == "auto" else 0.0,
         cost=partial(_cost, hidden_size=hidden_size, on_gpu=on_gpu),
     )
     return [
@@ -129,6 +135,7 @@ def _plans(
     max_tokens: int | None,
     num_batches: int | None,
     multiple_of: int,
+    query_cost: float,
     cost: Callable[[Layout, Tensor, Row | None], float],
 ) -> Iterator[list[_Bin]]:
     """Ways to put samples into microbatches: by their size in each layout that is allowed.
@@ -144,7 +151,10 @@ def _plans(
         sizes: dict[Layout, int] = {"padded": len(own) * int(own.max()), "packed": int(own.sum())}
         row = None
         if prefixes is not None:
-            row = prefixes.row([n for index in indices for n in range(starts[index], starts[index + 1])])
+            numbers = [n for index in indices for n in range(starts[index], starts[index + 1])]
+            row = prefixes.row(numbers, query_cost=query_cost)
+            if limit is not None and len(row.positions) > limit:
+                row = prefixes.row(numbers)
             sizes["shared"] = len(row.positions)
         fitting = [name for name in sizes if limit is None or sizes[name] <= limit] if layout == "auto" else [layout]
         bins = [
@@ -280,4 +290,6 @@ def _cost(layout: Layout, lengths: Tensor, row: Row | None, *, hidden_size: int,
         positions = len(row.positions)
         keys = float((row.positions + 1).sum()) if on_gpu else positions**2
     cost = 12.0 * hidden_size * (6 * hidden_size * positions + keys)
+    if row is not None:
+        cost *= WORTHWHILE / (WORTHWHILE - 1)
     return max(cost, LAUNCHES[layout]) if on_gpu else cost

@@ -14,6 +14,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -88,14 +89,21 @@ class Prefixes:
             insort(grown, rank)
         return grown, tokens
 
-    def row(self, histories: Sequence[int]) -> Row:
-        """Lay out some of the histories, depth first."""
+    def row(self, histories: Sequence[int], *, query_cost: float = 0.0) -> Row:
+        """Lay out some of the histories, depth first.
+
+        Args:
+            histories: their numbers.
+            query_cost: how many tokens a query may save at the least for each beginning that it shares; beginnings that
+                save fewer are held by each of the branches behind them.
+        """
         ranks = sorted(self._rank[history] for history in histories)
         common = [0, *(self.common(a, b) for a, b in zip(ranks, ranks[1:], strict=False))]
+        lengths = [self.lengths[self._history[rank]] for rank in ranks]
+        if query_cost:
+            common = _worth_sharing(lengths, common, query_cost)
         place = {self._history[rank]: place for place, rank in enumerate(ranks)}
-        return _lay_out(
-            [self.lengths[self._history[rank]] for rank in ranks], common, [place[history] for history in histories]
-        )
+        return _lay_out(lengths, common, [place[history] for history in histories])
 
 
 def separate_row(histories: Sequence[TokenHistory]) -> Row:
@@ -140,6 +148,26 @@ def lengths_of(row: Row) -> dict[str, Any]:
         level[1, : len(keys)] = torch.tensor(keys, dtype=torch.int32)
     longest = crossings.diff(dim=2).amax(dim=(0, 2)).tolist()
     return found | {"crossings": crossings, "longest_crossing": tuple(longest)}
+
+
+def _worth_sharing(lengths: Sequence[int], common: Sequence[int], query_cost: float) -> list[int]:
+    """`common` of sorted histories without the beginnings that save too little for the queries behind them."""
+    new = [0, *np.cumsum([length - known for length, known in zip(lengths, common, strict=True)]).tolist()]
+    kept = list(common)
+    branches = [(0, len(lengths), 0)]  # histories from, to, and how many tokens they share already
+    while branches:
+        first, stop, above = branches.pop()
+        if stop - first < 2:
+            continue
+        depth = min(common[first + 1 : stop])
+        cuts = [first, *(place for place in range(first + 1, stop) if common[place] == depth), stop]
+        queries = new[stop] - new[first + 1] + lengths[first] - depth
+        if (depth - above) * (len(cuts) - 2) <= query_cost * queries:
+            depth = above
+        for place in cuts[1:-1]:
+            kept[place] = depth
+        branches += [(start, end, depth) for start, end in pairwise(cuts)]
+    return kept
 
 
 def _lay_out(lengths: Sequence[int], common: Sequence[int], order: Sequence[int]) -> Row:
