@@ -34,7 +34,7 @@ def main() -> None:
         "--max_seconds", type=float, default=1e5, help="of each run's training; what all reached counts"
     )
     parser.add_argument("--timed_steps", type=int, default=20, help="optimizer steps of the timed runs")
-    parser.add_argument("--at_once", type=int, default=9, help="runs side by side")
+    parser.add_argument("--at_once", type=int, default=6, help="runs side by side: each takes up to 22 GiB")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)

@@ -217,7 +217,7 @@ def test_a_gpu_takes_the_fewest_launches_for_a_small_batch_and_the_least_arithme
     """8 answers of 30 to each of 32 prompts of 40 tokens: a small model waits for the host, a larger one computes."""
     samples = _groups(num_groups=32, group_size=8, prompt=40, answer=30)
 
-    assert pack(samples, share_prefixes=True, hidden_size=576, on_gpu=True)[0].layout == "padded"
+    assert pack(samples, share_prefixes=True, hidden_size=576, on_gpu=True)[0].layout == "packed"
     assert pack(samples, share_prefixes=True, hidden_size=2048, on_gpu=True)[0].layout == "shared"
 
 

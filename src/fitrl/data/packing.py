@@ -22,10 +22,9 @@ from fitrl.data.prefixes import Prefixes, Row, lengths_of, separate_row
 from fitrl.data.samples import Sample
 from fitrl.errors import InvalidArgumentError
 
-# What one H100 computes while the host launches the kernels of one decoder layer, forward and backward, in FLOP: 2.2,
-# 2.9 and 3.8 ms at 250 TFLOP/s, by `benchmarks/update.py --only 135M`
-LAUNCHES: dict[Layout, float] = {"padded": 5.5e11, "packed": 7.2e11, "shared": 9.5e11}
-
+# What one H100 computes while the host launches the kernels of one decoder layer, forward and backward, in FLOP: 2.7
+# and 3.8 ms at 250 TFLOP/s, by `benchmarks/update.py --only 135M`
+LAUNCHES: dict[Layout, float] = {"padded": 6.8e11, "packed": 6.8e11, "shared": 9.5e11}
 
 # The same for a query that sees a short beginning which many share: few blocks of keys are few programs of flash
 # attention's backward, each of which goes through all these queries, 64 of them in 4 us
@@ -73,7 +72,8 @@ def pack(
         share_prefixes: whether "auto" may share prefixes, where that saves enough; the policy has to be able to.
         hidden_size: width of the model, which decides what attention over a packed row costs.
         on_gpu: whether a GPU computes. There attention skips what is out of sight, instead of computing and masking
-            it, and a small batch takes as long as its kernels take to be launched: padding has the fewest of them.
+            it, and a small batch takes as long as its kernels take to be launched: most of all where prefixes are
+            shared.
         num_tokens: trainable tokens of the step; None: those of `samples`.
         num_sequences: trajectories of the step; None: those of `samples`.
         kl_mean: mean of q - ref over the call.
@@ -148,7 +148,7 @@ def _plans(
 
     def cheapest(indices: list[int], prefixes: Prefixes | None) -> _Bin:
         own = torch.tensor([length for index in indices for length in lengths[index]])
-        sizes: dict[Layout, int] = {"padded": len(own) * int(own.max()), "packed": int(own.sum())}
+        sizes: dict[Layout, int] = {"packed": int(own.sum()), "padded": len(own) * int(own.max())}
         row = None
         if prefixes is not None:
             numbers = [n for index in indices for n in range(starts[index], starts[index + 1])]
