@@ -325,29 +325,34 @@ class Benchmark:
             log=self.root / "vllm.log",
         )
 
-    def measure(self) -> None:
-        """What was asked for, one engine after the other."""
+    def measure(self) -> Iterator[str]:
+        """What was asked for, one engine after the other; what has just been measured."""
         runs, asked = self.options.runs, self.options.only
         if "tokens" in asked or "full" in asked:
             with self.server(None) as server:
-                self.over_servers(server)
+                yield from self.over_servers(server)
         if "lora" in asked:
             with self.server(LORA) as server, self.sampler("adapted", server, LORA) as sampler:
                 self.weights[f"LoRA, rank {LORA.rank}"] = exchanges(sampler, runs, self.transfer)
+            yield "lora"
         if "inside" in asked and self.options.in_process:
             self.in_this_process()
+            yield "inside"
 
-    def over_servers(self, server: VLLMServer) -> None:
+    def over_servers(self, server: VLLMServer) -> Iterator[str]:
         """Both ways to reach a server, and an exchange of all weights."""
         asked = self.options.only
         if "tokens" in asked:
             with self.sampler("by-url", server.url) as sampler:
                 self.throughput["a server by its URL"] = asyncio.run(self.over_http(sampler, server.url))
+            yield "tokens, by URL"
         with self.sampler("supervised", server) as sampler:
             if "tokens" in asked:
                 self.throughput["a server of ours"] = asyncio.run(self.over_http(sampler, server.url))
+                yield "tokens, supervised"
             if "full" in asked:
                 self.weights["all weights, by folder"] = exchanges(sampler, self.options.runs, self.transfer)
+                yield "full"
 
     def in_this_process(self) -> None:
         """Sampler against `LLM`."""
@@ -435,26 +440,31 @@ def main() -> None:
     options.in_process = importlib.util.find_spec("vllm") is not None
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory() as folder:
-        benchmark = Benchmark(options, Path(folder))
-        load = os.getloadavg()[1]
-        benchmark.measure()
     facts = {
         "hardware": _hardware(),
-        "load": f"{load:.1f} other processes on average over the 5 minutes before",
+        "load": f"{os.getloadavg()[1]:.1f} other processes on average over the 5 minutes before",
         "versions": f"python {platform.python_version()}, torch {torch.__version__}, "
         f"lightning {lightning.__version__}, vllm {_vllm(options.python)}",
         "commit": _commit(),
         "command": shlex.join(["python", *sys.argv]),
     } | ({} if options.note is None else {"note": options.note})
-    found = table(benchmark)
-    print(found)
-    if options.output is not None:
-        options.output.mkdir(parents=True, exist_ok=True)
-        about = "\n".join(f"* {name}: {fact}" for name, fact in facts.items())
-        (options.output / "rollout.md").write_text(f"# Rollouts by vLLM\n\n{found}\n{about}\n")
-        report = {"throughput": benchmark.throughput, "exchanges": benchmark.weights, **facts}
-        (options.output / "rollout.json").write_text(json.dumps(report, indent=2) + "\n")
+    with tempfile.TemporaryDirectory() as folder:
+        benchmark = Benchmark(options, Path(folder))
+        start = time.perf_counter()
+        for part in benchmark.measure():
+            print(f"{part}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+            if options.output is not None:  # after each part: all of them take minutes
+                keep(benchmark, facts, options.output)
+    print(table(benchmark))
+
+
+def keep(benchmark: Benchmark, facts: dict[str, str], folder: Path) -> None:
+    """Write down what was found so far."""
+    folder.mkdir(parents=True, exist_ok=True)
+    about = "\n".join(f"* {name}: {fact}" for name, fact in facts.items())
+    (folder / "rollout.md").write_text(f"# Rollouts by vLLM\n\n{table(benchmark)}\n{about}\n")
+    report = {"throughput": benchmark.throughput, "exchanges": benchmark.weights, **facts}
+    (folder / "rollout.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
 def _hardware() -> str:
