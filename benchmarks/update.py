@@ -37,15 +37,15 @@ import lightning
 import torch
 import transformers
 from torch._dynamo.utils import counters
-from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 import fitrl
 from fitrl.data import packing
 from fitrl.data.completion import Completion
-from fitrl.policy import loading, module, scoring
+from fitrl.policy import loading, module
 from fitrl.policy.attention import read_no_packed_rows, read_packed_rows
 from fitrl.policy.policy import Policy
+from parts import Memory, times
 
 SHAPES: dict[str, dict[str, Any]] = {
     "0.6B": {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_hidden_layers": 28},
@@ -276,8 +276,13 @@ def run(case: Case, options: argparse.Namespace, device: torch.device) -> list[d
             "MFU": _flops(case, found) / taken / PEAK_FLOPS if device.type == "cuda" else float("nan"),
             "first s": first,
         }
-        if device.type == "cuda":
-            row["parts"] = parts(update)
+        sizes, rank = COMMON | SHAPES["tiny" if options.tiny else case.shape], 16 if case.lora else None
+        row["parts"] = times(update, sizes, rank)
+        row["parts"]["idle"] = max(0.0, 1e3 * update.seconds - row["parts"]["all kernels"])
+        states = trainer.optimizers[0].state.values()
+        moments = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+        network = trainer.verbs.policy_module.policy.network
+        row["memory"] = Memory(network, sizes).report(update, moments)
     rows = [row]
     if options.trl and case.trl:
         del trainer, update
@@ -365,40 +370,6 @@ def _flops(case: Case, found: Any) -> float:
     return each * (tokens * weights + rows * hidden * sizes["vocab_size"]) + 12 * layers * width * positions
 
 
-def parts(update: Any) -> dict[str, float]:
-    """Milliseconds of device time of one update by what takes it, and how long the device was idle."""
-    kept = scoring.fused_linear_policy_loss
-
-    def head(*args: Any, **kwargs: Any) -> Any:
-        with record_function("head"):
-            return kept(*args, **kwargs)
-
-    scoring.fused_linear_policy_loss = head
-    try:
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-            update()
-    finally:
-        scoring.fused_linear_policy_loss = kept
-    events = profiler.key_averages()
-    kernels = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and e.key != "head"]
-    kernels = [e for e in kernels if not e.key.startswith(("Optimizer.", "ProfilerStep"))]
-    named = {"attention": ("flash", "fmha", "flex_attention", "sdpa"), "optimizer": ("FusedAdam", "multi_tensor")}
-    times = {
-        name: sum(e.self_device_time_total for e in kernels if any(part in e.key for part in found)) / 1e3
-        for name, found in named.items()
-    }
-    times["head"] = max((e.device_time_total for e in events if e.key == "head"), default=0.0) / 1e3
-    rest = [e for e in kernels if not any(part in e.key for part in named["attention"])]
-    products = sum(
-        e.self_device_time_total for e in rest if any(part in e.key for part in ("gemm", "nvjet", "cutlass"))
-    )
-    whole = sum(e.self_device_time_total for e in kernels) / 1e3
-    times["all products"] = products / 1e3
-    times["all kernels"] = whole
-    times["idle"] = 1e3 * update.seconds - whole
-    return times
-
-
 # -- 3. behaviour ---------------------------------------------------------------------------------------------------
 
 
@@ -474,13 +445,21 @@ def _text(report: dict[str, Any]) -> str:
     lines = ["# One policy update on one GPU", "", " | ".join(names), " | ".join("---" for _ in names)]
     lines += [" | ".join(_cell(row.get(name, "")) for name in names) for row in report["rows"]]
     lines[2:] = [f"| {line} |" for line in lines[2:]]
-    timed = [row for row in report["rows"] if "parts" in row]
-    if timed:
-        kinds = list(timed[0]["parts"])
-        lines += ["", "Device time of one update in ms, under the profiler:", ""]
-        table = ["case | " + " | ".join(kinds), " | ".join("---" for _ in ["case", *kinds])]
-        table += [row["case"] + " | " + " | ".join(_cell(row["parts"][kind]) for kind in kinds) for row in timed]
-        lines += [f"| {line} |" for line in table]
+    about = {
+        "parts": "Device time of one update in ms, under the profiler; a product's part is told by its shapes:",
+        "memory": "GiB: what is always there, what the largest microbatch keeps for the backward, and what its head "
+        "needs beside that:",
+    }
+    for part, sentence in about.items():
+        timed = [row for row in report["rows"] if part in row]
+        if timed:
+            kinds = list({kind: None for row in timed for kind in row[part]})
+            lines += ["", sentence, ""]
+            table = ["case | " + " | ".join(kinds), " | ".join("---" for _ in ["case", *kinds])]
+            table += [
+                f"{row['case']} | " + " | ".join(_cell(row[part].get(kind, "")) for kind in kinds) for row in timed
+            ]
+            lines += [f"| {line} |" for line in table]
     lines += ["", *(f"* {key}: {value}" for key, value in report["behaviour"].items())]
     lines += [f"* {key}: {report[key]}" for key in ("hardware", "versions", "commit")]
     return "\n".join([*lines, f"* command: `{report['command']}`", ""])
