@@ -30,7 +30,7 @@ import torch
 import transformers
 
 import fitrl
-from fitrl.data import packing
+from fitrl.data import layouts
 from fitrl.policy.plots import plot_rewards
 
 _INTEGER = re.compile(r"[-\u2212]?\d[\d,]*")
@@ -169,7 +169,7 @@ def main(
     with (
         tempfile.TemporaryDirectory() as root,
         # without what launches cost, sharing always pays here
-        mock.patch.dict(packing.LAUNCHES, dict.fromkeys(packing.LAUNCHES, 0.0) if path == "shared" else {}),
+        mock.patch.dict(layouts.LAUNCHES, dict.fromkeys(layouts.LAUNCHES, 0.0) if path == "shared" else {}),
         fitrl.LocalTrainer(
             accelerator="gpu" if gpu else "cpu",
             devices=1,

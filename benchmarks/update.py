@@ -40,7 +40,7 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 import fitrl
-from fitrl.data import packing
+from fitrl.data import layouts
 from fitrl.data.completion import Completion
 from fitrl.policy import loading, module
 from fitrl.policy.attention import read_no_packed_rows, read_packed_rows
@@ -204,9 +204,9 @@ def random_weights(shape: str, device: torch.device, *, layout: str = "auto") ->
         return policy
 
     module.load_policy = load
-    always = {} if layout == "auto" else dict.fromkeys(packing.LAUNCHES, 0.0)  # whatever the launches take
+    always = {} if layout == "auto" else dict.fromkeys(layouts.LAUNCHES, 0.0)  # whatever the launches take
     try:
-        with mock.patch.dict(packing.LAUNCHES, always):
+        with mock.patch.dict(layouts.LAUNCHES, always):
             yield
     finally:
         module.load_policy = kept

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fitrl.data import packing
+from fitrl.data import layouts
 from fitrl.data.histories import TokenHistory
 from fitrl.data.packing import pack
 from fitrl.data.prefixes import Prefixes, Row, separate_row
@@ -209,7 +209,7 @@ def test_attention_that_skips_makes_packing_cheap() -> None:
     samples = [sample(token_history(range(1, length + 1), [0] * (length - 1) + [1])) for length in (100, 60, 60, 60)]
 
     assert pack(samples, hidden_size=4)[0].layout == "padded"
-    with mock.patch.dict(packing.LAUNCHES, dict.fromkeys(packing.LAUNCHES, 0.0)):
+    with mock.patch.dict(layouts.LAUNCHES, dict.fromkeys(layouts.LAUNCHES, 0.0)):
         assert pack(samples, hidden_size=4, on_gpu=True)[0].layout == "packed"
 
 

@@ -1,34 +1,25 @@
 """Packing: samples to microbatches, deterministically, with the global denominators on board.
 
 Enters: the samples of one optimizer step. Leaves: `Batch` objects, one per microbatch. All histories of a trajectory
-share a microbatch, because sequence-level ratios need the whole trajectory; which trajectories do, `bins.py` says.
+share a microbatch, because sequence-level ratios need the whole trajectory; which trajectories do, and how they are
+laid out, `layouts.py` says.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
-from itertools import accumulate
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fitrl.data.batch import Batch, LossTargets, ModelInputs
-from fitrl.data.bins import WORTHWHILE, Layout, assign, saves_enough
+from fitrl.data.bins import Layout
 from fitrl.data.histories import TokenHistory
-from fitrl.data.prefixes import Prefixes, Row, lengths_of, separate_row
+from fitrl.data.layouts import Cost, choose
+from fitrl.data.prefixes import Row, lengths_of, separate_row
 from fitrl.data.samples import Sample
 from fitrl.errors import InvalidArgumentError
-
-# What one H100 computes while the host launches the kernels of one decoder layer, forward and backward, in FLOP: 2.7
-# and 3.8 ms at 250 TFLOP/s, by `benchmarks/update.py --only 135M`
-LAUNCHES: dict[Layout, float] = {"padded": 6.8e11, "packed": 6.8e11, "shared": 9.5e11}
-
-# The same for a query that sees a short beginning which many share: few blocks of keys are few programs of flash
-# attention's backward, each of which goes through all these queries, 64 of them in 4 us
-CROSSING = 1.5e7
 
 
 def deal(num_groups: int, num_minibatches: int, *, seed: int, step: int, epoch: int) -> list[list[int]]:
@@ -92,15 +83,14 @@ def pack(
     sequences = float(len(samples)) if num_sequences is None else num_sequences
     chosen = [index for index, sample in enumerate(samples) if sample.advantage != 0.0 or not skip_zero_advantage]
     chosen = chosen or [0]
-    plans = _plans(
+    bins = choose(
         [samples[index] for index in chosen],
         layout=layout,
         share_prefixes=share_prefixes,
         max_tokens=max_tokens,
         num_batches=num_batches,
         multiple_of=multiple_of,
-        query_cost=CROSSING / (72 * hidden_size**2) if on_gpu and layout == "auto" else 0.0,
-        cost=partial(_cost, hidden_size=hidden_size, on_gpu=on_gpu),
+        cost=Cost(hidden_size=hidden_size, on_gpu=on_gpu),
     )
     return [
         _build(
@@ -113,84 +103,8 @@ def pack(
             kl_mean=kl_mean,
             measures_mismatch=measures_mismatch,
         )
-        for bin in min(plans, key=lambda bins: sum(bin.cost for bin in bins))
+        for bin in bins
     ]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Bin:
-    """Samples of one microbatch, how they are laid out, and what that costs."""
-
-    indices: list[int]
-    layout: Layout
-    row: Row | None  # of a tree; None: nothing is shared
-    cost: float
-
-
-def _plans(
-    samples: Sequence[Sample],
-    *,
-    layout: Layout,
-    share_prefixes: bool,
-    max_tokens: int | None,
-    num_batches: int | None,
-    multiple_of: int,
-    query_cost: float,
-    cost: Callable[[Layout, Tensor, Row | None], float],
-) -> Iterator[list[_Bin]]:
-    """Ways to put samples into microbatches: by their size in each layout that is allowed.
-
-    A microbatch that was filled by the size of one layout may still be cheaper in another that fits.
-    """
-    lengths = [[len(history) - 1 for history in sample.histories] for sample in samples]
-    starts = [0, *accumulate(map(len, lengths))]
-    limit = max_tokens if num_batches is None else None
-
-    def cheapest(indices: list[int], prefixes: Prefixes | None) -> _Bin:
-        own = torch.tensor([length for index in indices for length in lengths[index]])
-        sizes: dict[Layout, int] = {"packed": int(own.sum()), "padded": len(own) * int(own.max())}
-        row = None
-        if prefixes is not None:
-            numbers = [n for index in indices for n in range(starts[index], starts[index + 1])]
-            row = prefixes.row(numbers, query_cost=query_cost)
-            if limit is not None and len(row.positions) > limit:
-                row = prefixes.row(numbers)
-            sizes["shared"] = len(row.positions)
-        fitting = [name for name in sizes if limit is None or sizes[name] <= limit] if layout == "auto" else [layout]
-        bins = [
-            _Bin(indices=indices, layout=name, row=tree, cost=cost(name, own, tree))
-            for name in fitting
-            for tree in [row if name == "shared" else None]
-        ]
-        return min(bins, key=lambda bin: bin.cost)
-
-    ways: tuple[Layout, ...] = ("packed", "padded", "shared") if layout == "auto" else (layout,)
-    for way in ways:
-        prefixes = None
-        if way == "shared" and (share_prefixes or layout == "shared"):
-            prefixes = Prefixes([history for sample in samples for history in sample.histories])
-        if layout == "auto" and not _helps(way, lengths, prefixes, limit, multiple_of):
-            continue
-        bins = assign(
-            samples,
-            layout=way,
-            prefixes=prefixes,
-            max_tokens=max_tokens,
-            num_batches=num_batches,
-            multiple_of=multiple_of,
-        )
-        yield [cheapest(indices, prefixes) for indices in bins]
-
-
-def _helps(
-    way: Layout, lengths: Sequence[Sequence[int]], prefixes: Prefixes | None, limit: int | None, multiple_of: int
-) -> bool:
-    """Whether the size in a layout says what fits, and says anything else than that in the layout "packed"."""
-    if way == "shared":
-        return prefixes is not None and saves_enough(prefixes)
-    if way == "padded":  # without a limit all samples fit; rows of about one length are not as much work for each rank
-        return limit is not None and multiple_of == 1 and all(len(own) * max(own) <= limit for own in lengths)
-    return True
 
 
 def _build(
@@ -272,24 +186,3 @@ def _lay_out(ids: Tensor, histories: Sequence[TokenHistory], row: Row, layout: L
         **lengths_of(row),
     )
     return inputs, slots
-
-
-def _cost(layout: Layout, lengths: Tensor, row: Row | None, *, hidden_size: int, on_gpu: bool) -> float:
-    """FLOP of a decoder layer for histories of so many inputs, forward and backward, or what takes as long.
-
-    A token takes about 24 H^2 in matrices and 4 H a key it sees, three times with the backward. On a GPU a layer takes
-    at least as long as its launches.
-    """
-    if layout == "padded":
-        positions, width = lengths.numel() * int(lengths.max()), int(lengths.max())
-        keys = positions * (width + 1) / 2 if on_gpu else positions * width
-    elif row is None:
-        positions = int(lengths.sum())
-        keys = float((lengths * (lengths + 1)).sum()) / 2 if on_gpu else positions**2
-    else:
-        positions = len(row.positions)
-        keys = float((row.positions + 1).sum()) if on_gpu else positions**2
-    cost = 12.0 * hidden_size * (6 * hidden_size * positions + keys)
-    if row is not None:
-        cost *= WORTHWHILE / (WORTHWHILE - 1)
-    return max(cost, LAUNCHES[layout]) if on_gpu else cost
