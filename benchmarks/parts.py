@@ -40,7 +40,7 @@ def times(call: Callable[[], Any], sizes: dict[str, int], rank: int | None = Non
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
     with profile(activities=activities, record_shapes=True) as profiler:
         call()
-    found = dict.fromkeys(("attention", "its products", "MLP", "head", "optimizer", "rest"), 0.0)
+    found = dict.fromkeys(("attention", "attention's products", "MLP", "head", "optimizer", "rest"), 0.0)
     found |= {"adapters": 0.0} if rank else {}
     for event in profiler.key_averages(group_by_input_shape=True):
         if event.key in _PRODUCTS:
@@ -67,7 +67,7 @@ def _product(shapes: Sequence[Sequence[int]], sizes: dict[str, int], rank: int |
         return "head"
     if rank in dims:
         return "adapters"
-    return "MLP" if sizes["intermediate_size"] in dims else "its products"
+    return "MLP" if sizes["intermediate_size"] in dims else "attention's products"
 
 
 class Memory:

@@ -62,5 +62,5 @@ def test_products_are_told_by_their_sizes() -> None:
         found = only(part, width)
         assert found[name] > 0 and sum(found.values()) == found[name]
     found = times(lambda: network(hidden), SIZES)
-    assert found["its products"] > 0 and found["MLP"] > 0 and found["head"] == 0
+    assert found["attention's products"] > 0 and found["MLP"] > 0 and found["head"] == 0
     assert times(lambda: torch.randn(5, 2) @ torch.randn(2, 24), SIZES, rank=2)["adapters"] > 0
