@@ -20,10 +20,10 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from fitrl.data.completion import Completion
 from fitrl.data.groups import Trajectory
 from fitrl.data.histories import History, TokenHistory
-from fitrl.data.tokens import render_prompt, tokenize
+from fitrl.data.tokens import finish, read_tokens, render_prompt, tokenize
 from fitrl.errors import DataError, TokenizationError
 from fitrl.rollout.rollout import prompt_ids
-from helpers import END, completion, decode, token_history, token_trajectory, trajectory, user
+from helpers import END, completion, decode, facts, token_history, token_trajectory, trajectory, user
 
 # reasoning of earlier turns is dropped, as by the templates of reasoning models
 STRIPPING = """\
@@ -208,6 +208,27 @@ def test_token_histories_are_taken_as_they_are(tiny_tokenizer: PreTrainedTokeniz
     given_ids = token_history([1, 2, 3], [0, 1, 1])
 
     assert tokenize(token_trajectory(given_ids), tiny_tokenizer).histories == [given_ids]
+
+
+def test_many_trajectories_have_the_columns_that_each_has_alone(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    many = [
+        _asked(completion("12", temperature=0.7, version=5)),
+        token_trajectory(token_history([1, 2, 3], [0, 1, 1]), token_history([4, 5], [0, 1])),
+        _asked(completion("1", versions=(3, 4)), user("and?"), completion("2", full_support=False)),
+        trajectory("7", additional_histories=[History(messages_and_choices=[user("summarise"), completion("ok")])]),
+    ]
+
+    together = finish([read_tokens(one, tiny_tokenizer) for one in many])
+
+    alone = [tokenize(one, tiny_tokenizer) for one in many]
+    assert [tokens.num_splits for tokens in together] == [tokens.num_splits for tokens in alone]
+    assert [len(tokens.histories) for tokens in together] == [1, 2, 1, 2]
+    for ours, theirs in zip(together, alone, strict=True):
+        assert [facts(history) for history in ours.histories] == [facts(history) for history in theirs.histories]
+    versions = together[2].histories[0].versions
+    assert versions[versions >= 0].tolist() == [3, 4, 0, 0]
+    assert not together[2].histories[0].full_support and together[0].histories[0].full_support
+    assert finish([]) == []
 
 
 # -- sampled ids stay -----------------------------------------------------------------------------------------------

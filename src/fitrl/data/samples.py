@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from fitrl.data.advantages import balance, group_advantages, is_flat, reward_std
 from fitrl.data.groups import TrajectoryGroup
 from fitrl.data.histories import TokenHistory
-from fitrl.data.tokens import Tokenized, check, read_tokens
+from fitrl.data.tokens import Draft, Tokenized, check, finish, read_tokens
 from fitrl.errors import DataError
 
 if TYPE_CHECKING:
@@ -178,14 +179,15 @@ def _read(
     vocabulary_size: int | None,
 ) -> list[list[Tokenized]]:
     """Token histories of every trajectory, checked; an error says whose."""
-    rows: list[list[Tokenized]] = []
+    drafts: list[Draft] = []
     for index, group in enumerate(groups):
         if group.pending:
             raise DataError(f"group {index} has {len(group.pending)} pending trajectories: await fitrl.gather(groups)")
-        rows.append([])
         for place, trajectory in enumerate(group):
             with _naming(index, place):
-                rows[-1].append(read_tokens(trajectory, tokenizer, train_unsampled=train_unsampled))
+                drafts.append(read_tokens(trajectory, tokenizer, train_unsampled=train_unsampled))
+    finished = iter(finish(drafts))
+    rows = [list(islice(finished, len(group))) for group in groups]
 
     def check_all(histories: Sequence[TokenHistory]) -> None:
         check(histories, need_logprobs=not train_unsampled, vocabulary_size=vocabulary_size)

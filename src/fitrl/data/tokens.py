@@ -10,14 +10,15 @@ from __future__ import annotations
 import math
 import re
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
-import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from fitrl.data.completion import Completion, Message, Tool
 from fitrl.data.groups import Trajectory
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 # log_softmax in low precision can end a little above zero; more than this is not a logarithm of a probability
 _LOGPROB_TOLERANCE = 1e-3
-_Piece: TypeAlias = npt.NDArray[Any]  # some tokens' values in a column
 
 
 @dataclass(slots=True)
@@ -57,28 +57,65 @@ def tokenize(trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase, *, trai
             that the policy said.
         TokenizationError: no chat template, or token strings that fit no id or several.
     """
-    tokenized = read_tokens(trajectory, tokenizer, train_unsampled=train_unsampled)
+    [tokenized] = finish([read_tokens(trajectory, tokenizer, train_unsampled=train_unsampled)])
     check(tokenized.histories, need_logprobs=not train_unsampled)
     return tokenized
 
 
-def read_tokens(
-    trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase, *, train_unsampled: bool = False
-) -> Tokenized:
-    """`tokenize` without the check of the numbers, which is faster for many trajectories together."""
+def read_tokens(trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase, *, train_unsampled: bool = False) -> Draft:
+    """What `tokenize` does for a trajectory alone; `finish` and `check` are faster for many together."""
     if trajectory.token_histories:
-        return Tokenized(list(trajectory.token_histories))
-    tokenized = Tokenized([])
+        return Draft(given=list(trajectory.token_histories))
+    draft = Draft()
     for history in trajectory.histories():
         segments = _tokenize_history(history, tokenizer, train_unsampled)
-        tokenized.histories += segments
-        tokenized.num_splits += max(len(segments) - 1, 0)
-    if not tokenized.histories:
+        draft.segments += segments
+        draft.num_splits += max(len(segments) - 1, 0)
+    if not draft.segments:
         raise DataError(
             "a trajectory holds nothing that the policy said: put fitrl.Completion or OpenAI Choice objects into "
             "messages_and_choices, or pass allow_training_without_logprobs=True to learn from assistant messages"
         )
-    return tokenized
+    return draft
+
+
+def finish(drafts: Sequence[Draft]) -> list[Tokenized]:
+    """Token histories of trajectories that were read: one tensor a column for all, of which each history is a part."""
+    segments = [segment for draft in drafts for segment in draft.segments]
+    lengths = [len(segment.token_ids) for segment in segments]
+
+    def column(parts: Iterable[Sequence[Any]], dtype: type[np.generic]) -> tuple[Tensor, ...]:
+        # `torch.tensor` looks at each number of a list far longer
+        values = np.fromiter(chain.from_iterable(parts), dtype=dtype, count=sum(lengths))
+        return torch.split_with_sizes(torch.from_numpy(values), lengths)
+
+    def stretched(runs: Iterable[Sequence[tuple[int, Any]]], dtype: type[np.generic]) -> tuple[Tensor, ...]:
+        counts, values = zip(*chain.from_iterable(runs), strict=True)
+        return torch.split_with_sizes(torch.from_numpy(np.repeat(np.array(values, dtype), np.array(counts))), lengths)
+
+    if not segments:
+        return [Tokenized(draft.given) for draft in drafts]
+    columns = zip(
+        column((segment.token_ids for segment in segments), np.int64),
+        stretched((segment.said for segment in segments), np.bool_),
+        column((segment.logprobs for segment in segments), np.float32),
+        stretched((segment.temperature for segment in segments), np.float32),
+        stretched((segment.versions for segment in segments), np.int64),
+        segments,
+        strict=True,
+    )
+    histories = (
+        TokenHistory(
+            token_ids=token_ids,
+            mask=mask,
+            logprobs=logprobs,
+            temperature=temperature,
+            versions=versions,
+            full_support=segment.full_support,
+        )
+        for token_ids, mask, logprobs, temperature, versions, segment in columns
+    )
+    return [Tokenized([*draft.given, *islice(histories, len(draft.segments))], draft.num_splits) for draft in drafts]
 
 
 def check(histories: Sequence[TokenHistory], *, need_logprobs: bool, vocabulary_size: int | None = None) -> None:
@@ -161,52 +198,51 @@ def _require_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 @dataclass(slots=True)
 class _Segment:
-    """Columns of a token history under construction, in pieces: most of them hold one value over a whole piece."""
+    """A token history under construction; a column of few different values as pairs of a count and a value."""
 
     token_ids: list[int] = field(default_factory=list)
-    mask: list[_Piece] = field(default_factory=list)
-    logprobs: list[_Piece] = field(default_factory=list)
-    temperature: list[_Piece] = field(default_factory=list)
-    versions: list[_Piece] = field(default_factory=list)
+    said: list[tuple[int, bool]] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    temperature: list[tuple[int, float]] = field(default_factory=list)
+    versions: list[tuple[int, int]] = field(default_factory=list)
     full_support: bool = True
 
     def context(self, ids: list[int]) -> None:
         """Append ids that the policy read."""
-        self.token_ids += ids
-        self.mask.append(np.zeros(len(ids), np.bool_))
-        self.logprobs.append(np.full(len(ids), np.nan, np.float32))
-        self.temperature.append(np.ones(len(ids), np.float32))
-        self.versions.append(np.full(len(ids), -1, np.int64))
+        self._append(ids, [math.nan] * len(ids), said=False, temperature=1.0, versions=[(len(ids), -1)])
 
-    def sampled(self, ids: list[int], logprobs: list[float], temperature: float, versions: _Piece) -> None:
+    def sampled(
+        self, ids: list[int], logprobs: list[float], temperature: float, versions: list[tuple[int, int]]
+    ) -> None:
         """Append ids that the policy said."""
+        self._append(ids, logprobs, said=True, temperature=temperature, versions=versions)
+
+    def _append(
+        self,
+        ids: list[int],
+        logprobs: list[float],
+        *,
+        said: bool,
+        temperature: float,
+        versions: list[tuple[int, int]],
+    ) -> None:
         self.token_ids += ids
-        self.mask.append(np.ones(len(ids), np.bool_))
-        self.logprobs.append(_piece(logprobs, np.float32))
-        self.temperature.append(np.full(len(ids), temperature, np.float32))
-        self.versions.append(versions)
-
-    def finish(self) -> TokenHistory:
-        columns = (self.mask, self.logprobs, self.temperature, self.versions)
-        mask, logprobs, temperature, versions = (torch.from_numpy(np.concatenate(pieces)) for pieces in columns)
-        return TokenHistory(
-            token_ids=torch.from_numpy(_piece(self.token_ids, np.int64)),
-            mask=mask,
-            logprobs=logprobs,
-            temperature=temperature,
-            versions=versions,
-            full_support=self.full_support,
-        )
+        self.said.append((len(ids), said))
+        self.logprobs += logprobs
+        self.temperature.append((len(ids), temperature))
+        self.versions += versions
 
 
-def _piece(values: list[Any], dtype: type[np.generic]) -> _Piece:
-    """An array of a list; `torch.tensor` looks at each number far longer."""
-    return np.fromiter(values, dtype=dtype, count=len(values))
+@dataclass(slots=True)
+class Draft:
+    """A trajectory that was read, before `finish` makes its histories: those that it came with, and segments."""
+
+    given: list[TokenHistory] = field(default_factory=list)
+    segments: list[_Segment] = field(default_factory=list)
+    num_splits: int = 0
 
 
-def _tokenize_history(
-    history: History, tokenizer: PreTrainedTokenizerBase, train_unsampled: bool
-) -> list[TokenHistory]:
+def _tokenize_history(history: History, tokenizer: PreTrainedTokenizerBase, train_unsampled: bool) -> list[_Segment]:
     messages = history.messages()
     segments: list[_Segment] = []
     for index, item in enumerate(history.items()):
@@ -227,7 +263,7 @@ def _tokenize_history(
             prompt = render_prompt(tokenizer, messages[:index], history.tools)
             ids = _assistant_ids(tokenizer, messages[: index + 1], history.tools, prompt)
             logprobs = [math.nan] * len(ids)
-            temperature, versions, full_support = 1.0, np.full(len(ids), -1, np.int64), True
+            temperature, versions, full_support = 1.0, [(len(ids), -1)], True
         else:
             continue
         if not segments or prompt[: len(segments[-1].token_ids)] != segments[-1].token_ids:
@@ -236,7 +272,7 @@ def _tokenize_history(
         segment.context(prompt[len(segment.token_ids) :])
         segment.sampled(ids, logprobs, temperature, versions)
         segment.full_support &= full_support
-    return [segment.finish() for segment in segments]
+    return segments
 
 
 def _sampled(
@@ -265,14 +301,14 @@ def _sampled(
     return ids, list(completion.logprobs)
 
 
-def _versions(completion: Completion, num_tokens: int) -> _Piece:
+def _versions(completion: Completion, num_tokens: int) -> list[tuple[int, int]]:
     if completion.versions is None:
-        return np.full(num_tokens, completion.version, np.int64)
+        return [(num_tokens, completion.version)]
     if len(completion.versions) != num_tokens:
         raise DataError(
             f"a completion has {num_tokens} tokens but {len(completion.versions)} versions ({completion.text[:60]!r})"
         )
-    return _piece(list(completion.versions), np.int64)
+    return [(1, version) for version in completion.versions]
 
 
 def _temperature(completion: Completion, history: History) -> float:
