@@ -60,15 +60,14 @@ def assign(
     # ranks wait for the one with most to do; rows of about one length are worth more where shorter ones are padded
     if len(bins) % multiple_of or (multiple_of > 1 and layout != "padded"):
         spread = balance(samples, _round_up(len(bins), multiple_of))
-        if all(_fits([samples[index] for index in indices], max_tokens, layout) for indices in spread):
+        if all(fits([samples[index] for index in indices], max_tokens, layout) for indices in spread):
             return spread
     return bins
 
 
 def saves_enough(prefixes: Prefixes) -> bool:
     """Whether sharing these prefixes saves one token in `WORTHWHILE`."""
-    size = prefixes.grow([], range(len(prefixes.lengths)))[1]
-    return (sum(prefixes.lengths) - size) * WORTHWHILE >= sum(prefixes.lengths)
+    return (sum(prefixes.lengths) - prefixes.size) * WORTHWHILE >= sum(prefixes.lengths)
 
 
 class _Line:
@@ -79,7 +78,7 @@ class _Line:
         stops = [0, *accumulate(len(sample.histories) for sample in samples)]
         self._histories = list(starmap(range, pairwise(stops)))
         self._order = sorted(range(len(samples)), key=lambda index: min(map(prefixes.rank, self._histories[index])))
-        self._size = prefixes.grow([], range(stops[-1]))[1]
+        self._size = prefixes.size
 
     def cut(self, max_tokens: int | None, num_batches: int | None, multiple_of: int) -> list[list[int]]:
         most = self._size if max_tokens is None else max_tokens
@@ -101,6 +100,8 @@ class _Line:
 
     def _fill(self, most: int, count: int = 1) -> list[list[int]]:
         """Fill one microbatch after the other up to `most` tokens; `count` of them at least."""
+        if count == 1 and self._size <= most:
+            return [sorted(self._order)]
         bins: list[list[int]] = []
         ranks: list[int] = []
         size = 0
@@ -117,7 +118,7 @@ class _Line:
 
 def first_fit(samples: Sequence[Sample], max_tokens: int | None, layout: Layout) -> list[list[int]]:
     """First-fit decreasing; a padded microbatch is as large as its rows times the longest of them."""
-    if max_tokens is None:
+    if max_tokens is None or fits(samples, max_tokens, layout):
         return [list(range(len(samples)))]
     lengths = [[len(history) - 1 for history in sample.histories] for sample in samples]
     # the first sample of a bin is its widest, so that a padded bin has a fixed number of rows, a packed one of tokens
@@ -162,6 +163,7 @@ def _round_up(count: int, multiple_of: int) -> int:
     return math.ceil(count / multiple_of) * multiple_of
 
 
-def _fits(samples: Sequence[Sample], max_tokens: int | None, layout: Layout) -> bool:
+def fits(samples: Sequence[Sample], max_tokens: int | None, layout: Layout) -> bool:
+    """Whether all samples fit into one microbatch, sharing nothing."""
     histories = [history for sample in samples for history in sample.histories]
     return max_tokens is None or num_positions(histories, padded=layout == "padded") <= max_tokens

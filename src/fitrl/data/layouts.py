@@ -13,7 +13,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from fitrl.data.bins import WORTHWHILE, Layout, assign, saves_enough
+from fitrl.data.bins import WORTHWHILE, Layout, assign, fits, saves_enough
 from fitrl.data.prefixes import Prefixes, Row
 from fitrl.data.samples import Sample, num_positions
 
@@ -103,8 +103,8 @@ def _ways(
     samples: Sequence[Sample], layout: Layout, share_prefixes: bool, limit: int | None, multiple_of: int
 ) -> Iterator[tuple[Layout, Prefixes | None]]:
     """Layouts by whose sizes microbatches may be filled; the prefixes where it shares them."""
-    # without a limit all samples fit anyway, and rows of about one length are not as much work for each rank
-    most = limit if layout == "auto" and multiple_of == 1 else None
+    # where all samples fit anyway, it is the same microbatch; rows of one length are not as much work for each rank
+    most = limit if layout == "auto" and multiple_of == 1 and not fits(samples, limit, "padded") else None
     pads = most is not None and all(num_positions(sample.histories, padded=True) <= most for sample in samples)
     if layout in ("auto", "packed"):
         yield "packed", None
@@ -136,11 +136,11 @@ def _laid_out(
             if limit is not None and len(row.positions) > limit:
                 row = prefixes.row(numbers)
             rows["shared"], sizes["shared"] = row, len(row.positions)
-        fits = [name for name in rows if limit is None or sizes[name] <= limit] if layout == "auto" else [layout]
+        allowed = [name for name in rows if limit is None or sizes[name] <= limit] if layout == "auto" else [layout]
         yield min(
             (
                 Bin(indices=indices, layout=name, row=rows[name], cost=cost.of(name, lengths, rows[name]))
-                for name in fits
+                for name in allowed
             ),
             key=lambda bin: bin.cost,
         )

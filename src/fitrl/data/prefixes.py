@@ -66,6 +66,11 @@ class Prefixes:
             last, half = self._least[-1], 2 ** (len(self._least) - 1)
             self._least.append([min(a, b) for a, b in zip(last, last[half:], strict=False)])
 
+    @property
+    def size(self) -> int:
+        """Tokens of the tree of all histories."""
+        return sum(self.lengths) - sum(self._least[0])
+
     def rank(self, history: int) -> int:
         """Place of a history in the depth-first order of all."""
         return self._rank[history]
