@@ -195,15 +195,16 @@ def save(root: Path) -> dict[str, Any]:
     with open_trainer() as trainer:
         trainer.fit_rl(model, make_groups(seed=1), learning_rate=1e-3)
         for rank in range(ranks.world_size()):
-            with disk_full_on(rank):
-                try:
-                    trainer.verbs.save("full")
-                    seen[f"full {rank}"] = "saved"
-                except fitrl.FitRLError as error:
-                    seen[f"full {rank}"] = f"{type(error).__name__}: {error}"
-            ranks.collect("")  # all have seen it
-            seen[f"left {rank}"] = sorted(path.name for path in model.checkpoints_dir.iterdir())
-            ranks.collect("")  # before anyone goes on
+            for kind in ("full", "alone"):
+                with disk_full_on(rank):
+                    try:
+                        trainer.verbs.save(kind, weights_only=kind == "alone")
+                        seen[f"{kind} {rank}"] = "saved"
+                    except fitrl.FitRLError as error:
+                        seen[f"{kind} {rank}"] = f"{type(error).__name__}: {error}"
+                ranks.collect("")  # all have seen it
+                seen[f"left {kind} {rank}"] = sorted(path.name for path in model.checkpoints_dir.iterdir())
+                ranks.collect("")  # before anyone goes on
         folder = Path(trainer.verbs.save("weights", weights_only=True))
         seen["weights"] = sorted(path.name for path in folder.iterdir())
         before = digest(trainer)

@@ -18,7 +18,8 @@ def outcome(root: Path, name: str, rank: int = 0) -> dict[str, Any]:
     """What a rank wrote when it was done, and the weights of the newest checkpoint."""
     seen: dict[str, Any] = json.loads((root / f"{name}.{rank}.json").read_text())
     step, folder = list_checkpoints(root / "steps" / name / "checkpoints")[-1]
-    return seen | {"step": step, "weights": load_file(folder / "model.safetensors")}
+    weights = [load_file(file) for file in folder.glob("model*.safetensors")]
+    return seen | {"step": step, "weights": {name: tensor for part in weights for name, tensor in part.items()}}
 
 
 def compare(ours: dict[str, Any], expected: dict[str, Any]) -> None:

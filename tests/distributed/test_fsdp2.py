@@ -156,6 +156,20 @@ def test_each_rank_writes_its_moments_and_nobody_all_of_them(seen) -> None:
     assert len(state) > 10 and all(entry.keys() == {"step"} for entry in state.values())
 
 
+def test_each_rank_writes_a_share_of_the_weights(seen) -> None:
+    folder = Path(seen["two.0"]["train"]["full"]["checkpoint"])
+    manifest = verify(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    assert [file.name for file in files] == [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    assert {file.name for file in files} < manifest.files.keys()
+    parts = [load_file(file) for file in files]
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {name: file.name for file, part in zip(files, parts, strict=True) for name in part}
+    assert parts[0].keys().isdisjoint(parts[1]) and len(parts[0]) + len(parts[1]) == len(index["weight_map"])
+    sizes = [sum(tensor.nbytes for tensor in part.values()) for part in parts]
+    assert sum(sizes) == index["metadata"]["total_size"] and max(sizes) < 0.6 * sum(sizes)
+
+
 @pytest.mark.parametrize("damage", ["cut", "changed", "missing", "more"])
 def test_a_checkpoint_whose_pieces_are_not_as_written_is_refused(seen, damage, tmp_path) -> None:
     saved = Path(seen["two.0"]["resumed"]["full"]["checkpoint"])
@@ -182,11 +196,13 @@ def test_a_checkpoint_whose_pieces_are_not_as_written_is_refused(seen, damage, t
 
 
 def test_a_save_that_fails_on_one_rank_fails_on_all_and_leaves_nothing(seen) -> None:
+    assert "rank 1" in seen["two.0"]["save"]["alone 1"]
     for name in ("two.0", "two.1"):
         saved = seen[name]["save"]
         assert saved["full 0"].startswith("CheckpointError") and "rank 0" in saved["full 0"]
         assert saved["full 1"].startswith("CheckpointError") and "rank 1" in saved["full 1"]
-        assert saved["left 0"] == saved["left 1"] == ["0001"]
+        assert all("CheckpointError" in saved[f"alone {rank}"] for rank in (0, 1))
+        assert all(saved[f"left {kind} {rank}"] == ["0001"] for kind in ("full", "alone") for rank in (0, 1))
         assert saved["goes on"] == 2 and saved["same weights"] and saved["same moments"]
         assert "moments" not in saved["weights"] and "trainer_state.pt" not in saved["weights"]
 

@@ -1,6 +1,7 @@
 """Checkpoint folders: one per saved step, whole or absent, loadable by transformers and PEFT as they are.
 
     <run>/checkpoints/0012/   model.safetensors or adapter_model.safetensors, configuration, tokenizer,
+                              (model-00001-of-00002.safetensors and so on, where each rank writes a part)
                               trainer_state.pt (optimizer, schedule, RNG, reward history),
                               moments/ (the optimizer's, where each rank holds and writes a part of them),
                               fitrl.json (the manifest: step, kind, size and SHA-256 of every other file)
@@ -57,14 +58,14 @@ class Manifest:
 
 
 def begin(folder: Path) -> Path:
-    """Make the temporary folder of a checkpoint and its folder of moments, for ranks to write before `write` is called.
+    """Make the temporary folder of a checkpoint, for ranks to write into before `write` is called.
 
     Raises:
         CheckpointError: it cannot be made.
     """
     temporary = _beside(folder, "tmp")
     try:
-        (temporary / MOMENTS).mkdir(parents=True)
+        temporary.mkdir(parents=True)
     except OSError as error:
         raise CheckpointError(f"cannot write the checkpoint {folder}: {error}") from error
     return temporary

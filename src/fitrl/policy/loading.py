@@ -7,9 +7,10 @@ RL-sized update is lost in bfloat16 weights; Lightning's `precision` decides wha
 from __future__ import annotations
 
 import importlib.resources
+import json
 import logging
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fitrl.errors import (
@@ -166,8 +168,7 @@ def read_weights(policy: Policy, folder: Path, shapes: Mapping[str, torch.Size])
             state |= load_file(file)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"the weights in {folder} cannot be read: {error}") from error
-    tied = set() if policy.is_adapter else set(getattr(policy.causal_lm, "all_tied_weights_keys", {}) or {})
-    missing = sorted(shapes.keys() - state.keys() - tied)
+    missing = sorted(shapes.keys() - state.keys() - tied_names(policy))
     unexpected = sorted(state.keys() - shapes.keys())
     reshaped = [name for name in shapes.keys() & state.keys() if shapes[name] != state[name].shape]
     if missing or unexpected or reshaped:  # before anything is changed
@@ -195,13 +196,21 @@ def trained_state(policy: Policy, *, keep_parameters: bool = False) -> Mapping[s
     return state
 
 
-def save_weights(policy: Policy, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+def save_weights(
+    policy: Policy,
+    folder: Path,
+    weights: Mapping[str, Tensor] | None = None,
+    *,
+    shares: Sequence[Mapping[str, int]] = (),
+) -> None:
     """Write weights, configuration and tokenizer so that transformers and PEFT load the folder as it is.
 
     Args:
         policy: what to write.
         folder: where.
         weights: what `trained_state` names, whole; None: they are whole in the policy.
+        shares: what every rank has of them, names and bytes, where the others wrote theirs by `save_share`; `weights`
+            are the first's.
     """
     network: Any = policy.network if policy.is_adapter else policy.causal_lm
     options: dict[str, Any] = {}
@@ -209,9 +218,43 @@ def save_weights(policy: Policy, folder: Path, weights: Mapping[str, Tensor] | N
         options["save_embedding_layers"] = False  # "auto" would ask the model hub whether the vocabulary was resized
     if weights is not None:
         options["state_dict"] = weights
+    if shares:
+        options["max_shard_size"] = sum(sum(share.values()) for share in shares) + 1  # one file
     with _no_progress_bars():
         network.save_pretrained(folder, **options)
     policy.tokenizer.save_pretrained(folder)
+    if not shares:
+        return
+    files = [share_file(number, len(shares)) for number in range(len(shares))]
+    (folder / "model.safetensors").rename(folder / files[0])
+    for number, file in enumerate(files[1:], start=1):
+        (folder / _unfinished(number)).rename(folder / file)
+    index = {
+        "metadata": {"total_size": sum(sum(share.values()) for share in shares)},
+        "weight_map": {name: file for file, share in zip(files, shares, strict=True) for name in share},
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def save_share(folder: Path, number: int, weights: dict[str, Tensor]) -> Path:
+    """Write a rank's share of the weights, under a name that transformers leaves alone; see `save_weights`."""
+    path = folder / _unfinished(number)
+    save_file(weights, str(path), metadata={"format": "pt"})
+    return path
+
+
+def share_file(number: int, count: int) -> str:
+    """Name of the file with a rank's share of the weights, as transformers numbers them."""
+    return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _unfinished(number: int) -> str:
+    return f"share-{number:05d}"  # transformers deletes numbered files that it did not write itself
+
+
+def tied_names(policy: Policy) -> set[str]:
+    """Second names of weights that have two; a folder holds the first."""
+    return set() if policy.is_adapter else set(getattr(policy.causal_lm, "all_tied_weights_keys", {}) or {})
 
 
 @contextmanager

@@ -7,7 +7,7 @@ They are Lightning's own hooks, driven by hand: `forward_backward` is `training_
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from fitrl.objective.objective import CustomObjective, Objective
 from fitrl.policy import checkpoints, pieces, random_state
 from fitrl.policy.attention import attention_kernels
 from fitrl.policy.lending import own_copy
-from fitrl.policy.loading import load_policy, load_weights, save_weights, trained_state
+from fitrl.policy.loading import load_policy, load_weights, trained_state
 from fitrl.policy.policy import Policy
 from fitrl.policy.sharding import like, whole
 from fitrl.protocols.results import (
@@ -35,6 +35,8 @@ from fitrl.protocols.results import (
     TrainerConfig,
     TrainerStatus,
 )
+from fitrl.strategies import saving
+from fitrl.strategies.saving import moment_of
 from fitrl.strategies.schedules import fast_forward
 from fitrl.strategies.session import SessionStrategy
 
@@ -156,7 +158,7 @@ class PolicyVerbs(SessionStrategy):
     def save(self, name: str | None = None, path: str | None = None, weights_only: bool = False) -> str:
         """Save to `<run>/checkpoints/<name>` (default: the step, four digits), or to `path`.
 
-        With several ranks all call it and the first one writes; moments that lie in pieces each rank writes itself.
+        With several ranks all call it. What lies in pieces on them each writes a share of, the rest the first one.
 
         Raises:
             CheckpointError: it could not be written.
@@ -176,18 +178,13 @@ class PolicyVerbs(SessionStrategy):
             weights_only=weights_only,
         )
         moments = None if weights_only else self.moments()
-        state = None if moments is None else self._state(_without_pieces(moments))
-        begun, sums = (None, {}) if moments is None else self._write_pieces(folder, _pieces(moments))
-        weights = self.whole_weights()
-        ranks.first(
-            lambda: checkpoints.write(
-                folder,
-                manifest,
-                lambda to: save_weights(module.policy, to, weights),
-                state,
-                begun=begun,
-                sums=sums,
-            )
+        saving.write(
+            folder,
+            manifest,
+            module.policy,
+            weights=self.whole_weights(),
+            state=None if moments is None else self._state(saving.without_pieces(moments)),
+            moments={} if moments is None else saving.pieces_of(moments),
         )
         if name is path is None and not weights_only:
             self.saved_step = step
@@ -292,18 +289,13 @@ class PolicyVerbs(SessionStrategy):
         """Run a call, without a gradient, where it may read all weights."""
         return call()
 
-    def whole_weights(self) -> dict[str, Tensor] | None:
-        """The trained weights put together on rank 0; None where they never were in pieces."""
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]] | None:
+        """The trained weights, each put together on every rank when its turn comes; None: they never were in pieces."""
         self.take_weights_back()
         held = trained_state(self.policy_module.policy)
         if not any(isinstance(tensor, DTensor) for tensor in held.values()):
             return None
-        weights: dict[str, Tensor] = {}
-        for name, tensor in held.items():
-            together = whole(tensor)
-            if ranks.rank() == 0:
-                weights[name] = together.cpu()
-        return weights
+        return ((name, whole(tensor)) for name, tensor in held.items())
 
     def load_weights(self, folder: Path) -> None:
         """Read a checkpoint's weights into the policy."""
@@ -354,25 +346,6 @@ class PolicyVerbs(SessionStrategy):
             "reward_history": list(module.reward_history),
         }
 
-    def _write_pieces(self, folder: Path, moments: dict[str, Tensor]) -> tuple[Path | None, dict[str, tuple[int, str]]]:
-        """Begin a checkpoint with the moments that lie in pieces, each rank its own; None where none do.
-
-        Returns:
-            where the rest is to be written, and the checksums of what was.
-        """
-        if not moments:
-            return None, {}
-        begun = Path(ranks.first(lambda: str(checkpoints.begin(folder))))
-        try:
-            pieces.write(begun / checkpoints.MOMENTS, moments)
-            written = [path.relative_to(begun).as_posix() for path in sorted((begun / checkpoints.MOMENTS).iterdir())]
-            mine = written[ranks.rank() :: ranks.world_size()]
-            said = ranks.collect(ranks.together(lambda: json.dumps(checkpoints.checksums(begun, mine))))
-        except Exception:
-            checkpoints.discard(begun)
-            raise
-        return begun, {name: (size, checksum) for one in said for name, (size, checksum) in json.loads(one).items()}
-
     def _restore(self, state: dict[str, Any], moments: Path | None) -> None:
         self.load_moments(state["optimizer"], moments)
         for config, saved in zip(self.lr_scheduler_configs, state["schedulers"], strict=True):
@@ -381,34 +354,3 @@ class PolicyVerbs(SessionStrategy):
         # one state for each rank that saved; a job of more ranks uses them again
         random_state.restore(state["rng"][ranks.rank() % len(state["rng"])], self.root_device)
         self.policy_module.reward_history = [(int(step), float(std)) for step, std in state["reward_history"]]
-
-
-def _pieces(state: dict[str, Any]) -> dict[str, Tensor]:
-    """What lies in pieces of an optimizer's state, by the parameter's number and its own name."""
-    return {
-        f"{number}.{name}": value
-        for number, moments in state["state"].items()
-        for name, value in moments.items()
-        if isinstance(value, DTensor)
-    }
-
-
-def _without_pieces(state: dict[str, Any]) -> dict[str, Any]:
-    """The rest of it."""
-    kept = {
-        number: {name: value for name, value in moments.items() if not isinstance(value, DTensor)}
-        for number, moments in state["state"].items()
-    }
-    return state | {"state": kept}
-
-
-def moment_of(name: str, state: Mapping[int, Any]) -> tuple[int, str]:
-    """The parameter's number and the moment's own name that a tensor in pieces was saved by.
-
-    Raises:
-        CheckpointError: it is of no parameter of the optimizer's state.
-    """
-    number, _, key = name.partition(".")
-    if not number.isdecimal() or int(number) not in state:
-        raise CheckpointError(f"the checkpoint holds the moment {name!r}, which is of no parameter that is trained")
-    return int(number), key

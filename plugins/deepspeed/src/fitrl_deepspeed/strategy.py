@@ -16,12 +16,12 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from fitrl import PolicyModule
-from fitrl.data import ranks
 from fitrl.errors import UnsupportedError
 from fitrl.policy.loading import read_weights, trained_state
 from fitrl.policy.pieces import read_whole
 from fitrl.policy.policy import Policy
-from fitrl.strategies.verbs import PolicyVerbs, moment_of
+from fitrl.strategies.saving import moment_of
+from fitrl.strategies.verbs import PolicyVerbs
 from fitrl_deepspeed.settings import ZeroStage
 from fitrl_deepspeed.zero import DTYPES, ZeroStrategy
 
@@ -223,12 +223,8 @@ class DeepSpeedRLStrategy(PolicyVerbs, ZeroStrategy):
             yield name, pieces.get(parameter).detach()
 
     @override
-    def whole_weights(self) -> dict[str, Tensor]:
-        weights: dict[str, Tensor] = {}
-        for name, tensor in self.named_weights():
-            if ranks.rank() == 0:
-                weights[name] = tensor.cpu()
-        return weights
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        return self.named_weights()
 
     @override
     def load_weights(self, folder: Path) -> None:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from fitrl.data import ranks
 from fitrl.errors import InvalidArgumentError, MissingDependencyError, UnsupportedError
 from fitrl.policy.lending import LentPolicy
 from fitrl.policy.loading import read_weights
@@ -189,12 +188,8 @@ class TitanStrategy(FSDP2Strategy):
             yield name, whole(tensor.detach())
 
     @override
-    def whole_weights(self) -> dict[str, Tensor]:
-        weights: dict[str, Tensor] = {}
-        for name, tensor in self.named_weights():
-            if ranks.rank() == 0:
-                weights[name] = tensor.cpu()
-        return weights
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        return self.named_weights()
 
     @override
     def load_weights(self, folder: Path) -> None:
