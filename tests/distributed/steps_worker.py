@@ -28,7 +28,7 @@ from distributed.ddp_worker import KeepGradients
 from exact import real_float64
 from fitrl.data import ranks
 from fitrl.policy.layers import decoder_layers
-from fitrl.strategies import verbs
+from fitrl.strategies import saving
 from samples import make_groups
 
 ACCELERATOR = os.environ.get("FITRL_TEST_ACCELERATOR", "cpu")
@@ -62,13 +62,13 @@ class Kill:
         decoder_layers(module.policy)[0].register_forward_hook(watch)
 
     def in_save(self) -> None:
-        write = verbs.save_weights
+        write = saving.save_weights
 
-        def writes(*args: Any) -> None:
-            write(*args)
+        def writes(*args: Any, **options: Any) -> None:
+            write(*args, **options)
             self.at("save", told_by=0)  # the others wait for rank 0
 
-        verbs.save_weights = writes
+        saving.save_weights = writes
 
     def between_calls(self) -> None:
         self.at("rollouts")
