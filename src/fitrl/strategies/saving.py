@@ -46,7 +46,7 @@ def write(
     Raises:
         CheckpointError: it could not be written; nothing that was there before is lost.
     """
-    shares = weights is not None and not policy.is_adapter  # adapters are small
+    shares = weights is not None and not policy.is_adapter and ranks.world_size() > 1  # adapters are small
     begun = Path(ranks.first(lambda: str(checkpoints.begin(folder)))) if moments or shares else None
     mine: dict[str, Tensor] | None = None
     held: list[dict[str, int]] = []
