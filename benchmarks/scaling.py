@@ -239,11 +239,12 @@ def job(number: int, strategy: str, options: argparse.Namespace) -> None:
         model = fitrl.TrainableModel("scaling", "benchmarks", "random", lora=lora, root=root)
 
         def update() -> tuple[float, Any]:
+            groups = groups_of(found)  # as rollouts leave them
             _synchronize(device)
             start = time.perf_counter()
             result = trainer.fit_rl(
                 model,
-                groups_of(found),
+                groups,
                 learning_rate=1e-6,
                 save_checkpoint=False,
                 max_tokens_per_microbatch=16384 // cut,

@@ -51,11 +51,11 @@ def _completions() -> st.SearchStrategy[Completion]:
     return st.builds(
         Completion,
         message=_messages(),
-        token_ids=_tuples(st.integers(0, 2**40)),
+        token_ids=_tuples(st.integers(0, 2**31 - 1)),
         token_bytes=_tuples(st.binary(max_size=5)),
         logprobs=_tuples(LOGPROBS),
         temperature=st.none() | st.floats(0.0, 5.0),
-        prompt_ids=_tuples(st.integers(0, 2**40)),
+        prompt_ids=_tuples(st.integers(0, 2**31 - 1)),
         finish_reason=st.sampled_from(["stop", "length", "tool_calls"]),
         version=st.integers(0, 10**6),
         full_support=st.booleans(),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 import fitrl
 from fitrl.data import ranks
+from fitrl.data.completion import Completion
 from fitrl.data.join import join_groups
 from fitrl.errors import DataError
 from samples import make_groups
@@ -58,3 +61,29 @@ def test_a_group_that_is_pending_is_refused() -> None:
     with pytest.raises(DataError, match="pending trajectories"):
         join_groups([fitrl.TrajectoryGroup([waiting])])
     waiting.close()
+
+
+@pytest.mark.parametrize("what", ["token_ids", "logprobs", "prompt_ids", "version", "reward", "appended"])
+def test_one_number_that_differs_is_noticed(what, monkeypatch) -> None:
+    """What the ranks say of their groups decides; here only what this one says is looked at."""
+
+    def said(changed: bool) -> set[str]:
+        completion = Completion(
+            message={"role": "assistant", "content": "7"}, token_ids=(5, 6), logprobs=(-0.5, -1.0), prompt_ids=(1, 2)
+        )
+        reward, history = 1.0, [{"role": "user", "content": "3+4"}, completion]
+        if changed and what == "reward":
+            reward = 0.5
+        elif changed and what == "appended":
+            history.append({"role": "user", "content": "and?"})
+        elif changed:
+            values = {"token_ids": (5, 7), "logprobs": (-0.5, -1.1), "prompt_ids": (2, 1), "version": 3}
+            history[1] = dataclasses.replace(completion, **{what: values[what]})
+        extra = fitrl.History(messages_and_choices=history)
+        texts: list[str] = []
+        monkeypatch.setattr(ranks, "collect", lambda text, **options: [texts.append(text) or text] * 2)
+        join_groups([fitrl.TrajectoryGroup([fitrl.Trajectory(additional_histories=[extra], reward=reward)])])
+        return set(filter(None, texts))
+
+    assert said(changed=False) == said(changed=False)
+    assert said(changed=False).isdisjoint(said(changed=True))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fitrl.data.bins import Layout, first_fit
 from fitrl.data.histories import TokenHistory
-from fitrl.data.packing import deal, pack
+from fitrl.data.packing import deal, microbatches, pack
 from fitrl.data.samples import Sample
 from fitrl.errors import InvalidArgumentError
 from fitrl.policy.policy import Policy
@@ -321,6 +321,20 @@ def test_packing_is_deterministic(samples: list[Sample], layout: Layout, slack: 
     random.seed(1)
     torch.manual_seed(1)
     assert packed() == first
+
+
+@given(_samples(), st.sampled_from([*LAYOUTS, "shared"]), st.integers(0, 40), st.booleans())
+def test_what_is_counted_before_a_batch_is_made_is_true_of_it(
+    samples: list[Sample], layout: Layout, slack: int, share: bool
+) -> None:
+    limit = max(_padded_size([one]) for one in samples) + slack
+    made = microbatches(samples, max_tokens=limit, layout=layout, share_prefixes=share, kl_mean=0.5)
+    batches = pack(samples, max_tokens=limit, layout=layout, share_prefixes=share, kl_mean=0.5)
+    assert [facts(microbatch.build()) for microbatch in made] == list(map(facts, batches))
+    for microbatch, batch in zip([*made, made[0].filler()], [*batches, batches[0].filler()], strict=True):
+        assert facts(microbatch.build()) == facts(batch)
+        for name in ("num_input_tokens", "num_positions", "num_tokens_saved"):
+            assert getattr(microbatch, name) == getattr(batch, name), name
 
 
 def test_nothing_to_pack() -> None:

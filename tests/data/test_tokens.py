@@ -675,3 +675,12 @@ def test_a_template_that_refuses_a_conversation_is_a_typed_error(tiny_tokenizer:
 def test_errors_about_tokens_are_data_errors() -> None:
     assert issubclass(TokenizationError, DataError)
     assert issubclass(DataError, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [("token_ids", (None,)), ("token_ids", (2**40,)), ("logprobs", ("x",)), ("prompt_ids", (1, None))],
+)
+def test_what_is_no_number_is_refused_where_it_was_sampled(column: str, values: tuple[Any, ...]) -> None:
+    with pytest.raises(DataError, match=f"{column} of a completion"):
+        Completion(message={"role": "assistant", "content": "7"}, **{column: values})

@@ -142,11 +142,11 @@ def test_other_ranks_cannot_be_made_to_start_again(tmp_path, monkeypatch) -> Non
     module._policy = load_policy("tiny")
     samples = make_samples(seed=1, num_trajectories=8)
     batches = pack(samples, layout="packed")
-    halve(batches, samples, module, MemoryError())
+    halve(batches[0].num_positions, samples, module, MemoryError())
     assert module.most_positions == batches[0].num_positions // 2
     monkeypatch.setattr("fitrl.data.ranks.world_size", lambda: 2)
     with pytest.raises(fitrl.errors.OutOfMemoryError, match=f"max_tokens_per_microbatch={module.most_positions}"):
-        halve(batches, samples, module, MemoryError())
+        halve(batches[0].num_positions, samples, module, MemoryError())
 
 
 def test_an_optimizer_that_does_not_fit_loses_no_checkpoint(tmp_path, monkeypatch) -> None:

@@ -179,11 +179,12 @@ class Feed:
     list of loaders to it.
 
     Args:
-        batches: of an epoch, in order.
-        pinned: copy each to page-locked memory when its turn comes, while a GPU still computes the one before.
+        batches: of an epoch, in order; one that is a function is made by it when its turn comes, while a GPU still
+            computes the one before.
+        pinned: copy each to page-locked memory then.
     """
 
-    def __init__(self, batches: Sequence[Batch], *, pinned: bool = False) -> None:
+    def __init__(self, batches: Sequence[Batch | Callable[[], Batch]], *, pinned: bool = False) -> None:
         self._batches = batches
         self._pinned = pinned
 
@@ -191,7 +192,8 @@ class Feed:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        return (batch.pin_memory() if self._pinned else batch for batch in self._batches)
+        built = (batch() if callable(batch) else batch for batch in self._batches)
+        return (batch.pin_memory() if self._pinned else batch for batch in built)
 
 
 def _mapped(tensors: _Tensors, copy: Callable[[Tensor], Tensor]) -> _Tensors:

@@ -5,15 +5,20 @@ Enters: what a sampler sampled, or a `Choice` of an OpenAI client. Leaves: a `Co
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
 
 from fitrl.data.json_lines import number_from_json, numbers_to_json
+from fitrl.errors import DataError
 
 Message: TypeAlias = dict[str, Any]
 Tool: TypeAlias = dict[str, Any]
 
 _TOKEN_ID_PREFIX = "token_id:"
+_Number = TypeVar("_Number", bound=np.generic)
 
 
 @runtime_checkable
@@ -33,6 +38,44 @@ class OpenAIChoice(Protocol):
         """Why sampling ended."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Columns:
+    """A completion's numbers as arrays, made when it is sampled: while others still are, not while a GPU waits.
+
+    Attributes:
+        token_ids: [T] int32, or None.
+        logprobs: [T] float32, or None.
+        prompt_ids: [P] int32, or None.
+    """
+
+    token_ids: npt.NDArray[np.int32] | None
+    logprobs: npt.NDArray[np.float32] | None
+    prompt_ids: npt.NDArray[np.int32] | None
+
+    @classmethod
+    def of(cls, completion: Completion) -> Columns:
+        """Those of a completion."""
+        return cls(
+            token_ids=_column(completion.token_ids, np.int32, "token_ids"),
+            logprobs=_column(completion.logprobs, np.float32, "logprobs"),
+            prompt_ids=_column(completion.prompt_ids, np.int32, "prompt_ids"),
+        )
+
+    def to_bytes(self) -> dict[str, bytes | None]:
+        """Each by its name: to be compared."""
+        columns = {"token_ids": self.token_ids, "logprobs": self.logprobs, "prompt_ids": self.prompt_ids}
+        return {name: None if column is None else column.tobytes() for name, column in columns.items()}
+
+
+def _column(values: tuple[Any, ...] | None, dtype: type[_Number], name: str) -> npt.NDArray[_Number] | None:
+    if values is None:
+        return None
+    try:
+        return np.fromiter(values, dtype=dtype, count=len(values))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"{name} of a completion: {error}") from error
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     """One message sampled from the policy: what a sampler returns and a history keeps.
@@ -50,6 +93,10 @@ class Completion:
         version: policy version (optimizer steps) that sampled it; the first of several.
         versions: [T] the version that sampled each token, where the weights changed on the way; None: it is one.
         full_support: False after top_p < 1 or top_k, which change the distribution's support.
+        columns: the long ones of these as arrays.
+
+    Raises:
+        DataError: a token id or a logprob is no number.
     """
 
     message: Message
@@ -62,6 +109,10 @@ class Completion:
     version: int = 0
     versions: tuple[int, ...] | None = None
     full_support: bool = True
+    columns: Columns = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "columns", Columns.of(self))
 
     @property
     def policy_versions(self) -> tuple[int, int]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import marshal  # to compare within one job; nothing is read with it
 from collections.abc import Sequence
+from typing import Any
 
 from fitrl.data import ranks
+from fitrl.data.completion import Completion
 from fitrl.data.groups import TrajectoryGroup
 from fitrl.errors import DataError
 
@@ -36,12 +38,24 @@ def join_groups(groups: Sequence[TrajectoryGroup]) -> list[TrajectoryGroup]:
 def _digest(groups: Sequence[TrajectoryGroup]) -> str:
     """What groups that are alike have in common; "" where they hold something that only their JSON can compare."""
     try:
-        content = marshal.dumps([group.to_dict() for group in groups], 2)  # later formats tell of shared objects too
+        content = marshal.dumps(list(map(_content, groups)), 2)  # later formats tell of shared objects too
     except DataError:
         raise
     except ValueError:
         return ""
     return hashlib.sha256(content).hexdigest()
+
+
+def _content(group: TrajectoryGroup) -> dict[str, Any]:
+    """A group's record, but the long columns of what was sampled as bytes."""
+    record = group.to_dict()
+    for trajectory, told in zip(group, record["trajectories"], strict=True):
+        said = [trajectory.messages_and_choices, *(one.messages_and_choices for one in trajectory.additional_histories)]
+        for items, record_of in zip(said, [told, *told["additional_histories"]], strict=True):
+            for item, line in zip(items, record_of["messages_and_choices"], strict=True):
+                if isinstance(item, Completion):
+                    line["completion"] |= item.columns.to_bytes()
+    return record
 
 
 def _check(groups: Sequence[TrajectoryGroup]) -> None:

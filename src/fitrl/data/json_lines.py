@@ -25,7 +25,7 @@ def number_to_json(value: float) -> float | str:
 
 def numbers_to_json(values: Sequence[float]) -> list[float | str]:
     """Many numbers, of which most often all are finite."""
-    return list(values) if all(map(math.isfinite, values)) else [number_to_json(value) for value in values]
+    return list(values) if math.isfinite(sum(values)) else [number_to_json(value) for value in values]
 
 
 def number_from_json(value: float | str) -> float:

@@ -1,14 +1,16 @@
 """Packing: samples to microbatches, deterministically, with the global denominators on board.
 
-Enters: the samples of one optimizer step. Leaves: `Batch` objects, one per microbatch. All histories of a trajectory
-share a microbatch, because sequence-level ratios need the whole trajectory; which trajectories do, and how they are
-laid out, `layouts.py` says.
+Enters: the samples of one optimizer step. Leaves: `Batch` objects, one per microbatch, or what makes them, so that a
+GPU need not wait for more than the first. All histories of a trajectory share a microbatch, because sequence-level
+ratios need the whole trajectory; which trajectories do, and how they are laid out, `layouts.py` says.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +18,9 @@ from torch import Tensor
 from fitrl.data.batch import Batch, LossTargets, ModelInputs
 from fitrl.data.bins import Layout
 from fitrl.data.histories import TokenHistory
-from fitrl.data.layouts import Cost, choose
+from fitrl.data.layouts import Bin, Cost, choose
 from fitrl.data.prefixes import Row, lengths_of, separate_row
-from fitrl.data.samples import Sample
+from fitrl.data.samples import Sample, num_positions
 from fitrl.errors import InvalidArgumentError
 
 
@@ -77,10 +79,102 @@ def pack(
     Raises:
         InvalidArgumentError: no samples, or one that takes more than `max_tokens` positions.
     """
+    made = microbatches(
+        samples,
+        max_tokens=max_tokens,
+        num_batches=num_batches,
+        multiple_of=multiple_of,
+        layout=layout,
+        share_prefixes=share_prefixes,
+        hidden_size=hidden_size,
+        on_gpu=on_gpu,
+        num_tokens=num_tokens,
+        num_sequences=num_sequences,
+        kl_mean=kl_mean,
+        skip_zero_advantage=skip_zero_advantage,
+        measures_mismatch=measures_mismatch,
+    )
+    return [microbatch.build() for microbatch in made]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Microbatch:
+    """Samples that share a microbatch, before `build` lays out their tensors.
+
+    Attributes:
+        samples: those in it.
+        members: their places among all samples of the step.
+        bin: how they are laid out.
+        options: of `Batch` and `LossTargets`, what the whole step has in common.
+        is_filler: made into one of zero weight, see `Batch.filler`.
+    """
+
+    samples: Sequence[Sample]
+    members: Sequence[int]
+    bin: Bin
+    options: dict[str, Any]
+    is_filler: bool = False
+
+    @property
+    def num_input_tokens(self) -> int:
+        """As of the batch."""
+        if self.is_filler:
+            return 1
+        if self.bin.row is not None:
+            return len(self.bin.row.positions)
+        return sum(sample.num_input_tokens for sample in self.samples)
+
+    @property
+    def num_positions(self) -> int:
+        """As of the batch."""
+        if self.is_filler or self.bin.layout != "padded":
+            return self.num_input_tokens
+        return num_positions([history for sample in self.samples for history in sample.histories], padded=True)
+
+    @property
+    def num_tokens_saved(self) -> int:
+        """As of the batch."""
+        if self.is_filler or self.bin.row is None:
+            return 0
+        return len(self.bin.row.slots) - len(self.bin.row.positions)
+
+    def filler(self) -> Microbatch:
+        """What makes a batch's filler."""
+        return replace(self, is_filler=True)
+
+    def build(self) -> Batch:
+        """The batch."""
+        batch = _build(self.samples, row=self.bin.row, members=self.members, layout=self.bin.layout, **self.options)
+        return batch.filler() if self.is_filler else batch
+
+
+def microbatches(
+    samples: Sequence[Sample],
+    *,
+    max_tokens: int | None = None,
+    num_batches: int | None = None,
+    multiple_of: int = 1,
+    layout: Layout = "auto",
+    share_prefixes: bool = False,
+    hidden_size: int = 1024,
+    on_gpu: bool = False,
+    num_tokens: float | None = None,
+    num_sequences: float | None = None,
+    kl_mean: float | None = None,
+    skip_zero_advantage: bool = False,
+    measures_mismatch: bool = False,
+) -> list[Microbatch]:
+    """What makes the batches that `pack` returns; see there."""
     if not samples:
         raise InvalidArgumentError("cannot pack an empty list of samples")
-    tokens = float(sum(sample.num_trainable_tokens for sample in samples)) if num_tokens is None else num_tokens
-    sequences = float(len(samples)) if num_sequences is None else num_sequences
+    options = {
+        "num_tokens": float(sum(sample.num_trainable_tokens for sample in samples))
+        if num_tokens is None
+        else num_tokens,
+        "num_sequences": float(len(samples)) if num_sequences is None else num_sequences,
+        "kl_mean": kl_mean,
+        "measures_mismatch": measures_mismatch,
+    }
     chosen = [index for index, sample in enumerate(samples) if sample.advantage != 0.0 or not skip_zero_advantage]
     chosen = chosen or [0]
     bins = choose(
@@ -93,15 +187,11 @@ def pack(
         cost=Cost(hidden_size=hidden_size, on_gpu=on_gpu),
     )
     return [
-        _build(
-            [samples[chosen[index]] for index in bin.indices],
-            row=bin.row,
+        Microbatch(
+            samples=[samples[chosen[index]] for index in bin.indices],
             members=[chosen[index] for index in bin.indices],
-            layout=bin.layout,
-            num_tokens=tokens,
-            num_sequences=sequences,
-            kl_mean=kl_mean,
-            measures_mismatch=measures_mismatch,
+            bin=bin,
+            options=options,
         )
         for bin in bins
     ]

@@ -13,10 +13,11 @@ import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jinja2
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 # log_softmax in low precision can end a little above zero; more than this is not a logarithm of a probability
 _LOGPROB_TOLERANCE = 1e-3
+_Array: TypeAlias = npt.NDArray[Any]
 
 
 @dataclass(slots=True)
@@ -82,11 +84,10 @@ def read_tokens(trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase, *, t
 def finish(drafts: Sequence[Draft]) -> list[Tokenized]:
     """Token histories of trajectories that were read: one tensor a column for all, of which each history is a part."""
     segments = [segment for draft in drafts for segment in draft.segments]
-    lengths = [len(segment.token_ids) for segment in segments]
+    lengths = [segment.length for segment in segments]
 
-    def column(parts: Iterable[Sequence[Any]], dtype: type[np.generic]) -> tuple[Tensor, ...]:
-        # `torch.tensor` looks at each number of a list far longer
-        values = np.fromiter(chain.from_iterable(parts), dtype=dtype, count=sum(lengths))
+    def column(parts: Iterable[Sequence[_Array]], dtype: type[np.generic]) -> tuple[Tensor, ...]:
+        values = np.concatenate([*chain.from_iterable(parts)], dtype=dtype)
         return torch.split_with_sizes(torch.from_numpy(values), lengths)
 
     def stretched(runs: Iterable[Sequence[tuple[int, Any]]], dtype: type[np.generic]) -> tuple[Tensor, ...]:
@@ -198,37 +199,43 @@ def _require_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 @dataclass(slots=True)
 class _Segment:
-    """A token history under construction; a column of few different values as pairs of a count and a value."""
+    """A token history under construction: columns in parts; those of few different values as pairs of count and value.
 
-    token_ids: list[int] = field(default_factory=list)
+    The logprobs of what the policy only read are NaN.
+    """
+
+    length: int = 0
+    token_ids: list[_Array] = field(default_factory=list)
     said: list[tuple[int, bool]] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
+    logprobs: list[_Array] = field(default_factory=list)
     temperature: list[tuple[int, float]] = field(default_factory=list)
     versions: list[tuple[int, int]] = field(default_factory=list)
     full_support: bool = True
 
-    def context(self, ids: list[int]) -> None:
-        """Append ids that the policy read."""
-        self._append(ids, [math.nan] * len(ids), said=False, temperature=1.0, versions=[(len(ids), -1)])
+    def begins(self, prompt: _Array) -> bool:
+        """Whether a prompt goes on from here."""
+        start = 0
+        for part in self.token_ids:
+            if not np.array_equal(prompt[start : start + len(part)], part):
+                return False
+            start += len(part)
+        return True
 
-    def sampled(
-        self, ids: list[int], logprobs: list[float], temperature: float, versions: list[tuple[int, int]]
-    ) -> None:
+    def context(self, ids: _Array) -> None:
+        """Append ids that the policy read."""
+        self._append(ids, np.full(len(ids), math.nan), said=False, temperature=1.0, versions=[(len(ids), -1)])
+
+    def sampled(self, ids: _Array, logprobs: _Array, temperature: float, versions: list[tuple[int, int]]) -> None:
         """Append ids that the policy said."""
         self._append(ids, logprobs, said=True, temperature=temperature, versions=versions)
 
     def _append(
-        self,
-        ids: list[int],
-        logprobs: list[float],
-        *,
-        said: bool,
-        temperature: float,
-        versions: list[tuple[int, int]],
+        self, ids: _Array, logprobs: _Array, *, said: bool, temperature: float, versions: list[tuple[int, int]]
     ) -> None:
-        self.token_ids += ids
+        self.length += len(ids)
+        self.token_ids.append(ids)
         self.said.append((len(ids), said))
-        self.logprobs += logprobs
+        self.logprobs.append(logprobs)
         self.temperature.append((len(ids), temperature))
         self.versions += versions
 
@@ -243,33 +250,35 @@ class Draft:
 
 
 def _tokenize_history(history: History, tokenizer: PreTrainedTokenizerBase, train_unsampled: bool) -> list[_Segment]:
-    messages = history.messages()
+    items = history.items()
+
+    def before(stop: int) -> list[Message]:
+        return [item.message if isinstance(item, Completion) else item for item in items[:stop]]
+
     segments: list[_Segment] = []
-    for index, item in enumerate(history.items()):
+    for index, item in enumerate(items):
         if isinstance(item, Completion):
-            prompt = (
-                list(item.prompt_ids)
-                if item.prompt_ids is not None
-                else render_prompt(tokenizer, messages[:index], history.tools)
-            )
+            prompt = item.columns.prompt_ids
+            if prompt is None:
+                prompt = np.array(render_prompt(tokenizer, before(index), history.tools), np.int32)
             if train_unsampled and item.token_ids is None and item.token_bytes is None:
-                ids = _assistant_ids(tokenizer, messages[: index + 1], history.tools, prompt)
-                logprobs = [math.nan] * len(ids)
+                ids = _assistant_ids(tokenizer, before(index + 1), history.tools, prompt)
+                logprobs: _Array = np.full(len(ids), math.nan)
             else:
                 ids, logprobs = _sampled(item, tokenizer, train_unsampled)
             temperature = _temperature(item, history)
             versions, full_support = _versions(item, len(ids)), item.full_support
         elif train_unsampled and item.get("role") == "assistant":
-            prompt = render_prompt(tokenizer, messages[:index], history.tools)
-            ids = _assistant_ids(tokenizer, messages[: index + 1], history.tools, prompt)
-            logprobs = [math.nan] * len(ids)
+            prompt = np.array(render_prompt(tokenizer, before(index), history.tools), np.int32)
+            ids = _assistant_ids(tokenizer, before(index + 1), history.tools, prompt)
+            logprobs = np.full(len(ids), math.nan)
             temperature, versions, full_support = 1.0, [(len(ids), -1)], True
         else:
             continue
-        if not segments or prompt[: len(segments[-1].token_ids)] != segments[-1].token_ids:
+        if not segments or not segments[-1].begins(prompt):
             segments.append(_Segment())
         segment = segments[-1]
-        segment.context(prompt[len(segment.token_ids) :])
+        segment.context(prompt[segment.length :])
         segment.sampled(ids, logprobs, temperature, versions)
         segment.full_support &= full_support
     return segments
@@ -277,28 +286,27 @@ def _tokenize_history(history: History, tokenizer: PreTrainedTokenizerBase, trai
 
 def _sampled(
     completion: Completion, tokenizer: PreTrainedTokenizerBase, train_unsampled: bool
-) -> tuple[list[int], list[float]]:
-    if completion.token_ids is not None:
-        ids = list(completion.token_ids)
-    elif completion.token_bytes is not None:
-        ids = [_id_of(raw, tokenizer) for raw in completion.token_bytes]
-    else:
-        raise DataError(
-            f"a completion has neither token ids nor logprobs ({completion.text[:60]!r}): ask the server for "
-            "logprobs=True, or pass allow_training_without_logprobs=True"
-        )
-    if completion.logprobs is None:
+) -> tuple[_Array, _Array]:
+    ids, logprobs = completion.columns.token_ids, completion.columns.logprobs
+    if ids is None:
+        if completion.token_bytes is None:
+            raise DataError(
+                f"a completion has neither token ids nor logprobs ({completion.text[:60]!r}): ask the server for "
+                "logprobs=True, or pass allow_training_without_logprobs=True"
+            )
+        ids = np.array([_id_of(raw, tokenizer) for raw in completion.token_bytes], np.int32)
+    if logprobs is None:
         if not train_unsampled:
             raise DataError(
                 f"a completion has no logprobs ({completion.text[:60]!r}): ask the sampler for them, or pass "
                 "allow_training_without_logprobs=True"
             )
-        return ids, [math.nan] * len(ids)
-    if len(completion.logprobs) != len(ids):
+        return ids, np.full(len(ids), math.nan)
+    if len(logprobs) != len(ids):
         raise DataError(
-            f"a completion has {len(ids)} token ids but {len(completion.logprobs)} logprobs ({completion.text[:60]!r})"
+            f"a completion has {len(ids)} token ids but {len(logprobs)} logprobs ({completion.text[:60]!r})"
         )
-    return ids, list(completion.logprobs)
+    return ids, logprobs
 
 
 def _versions(completion: Completion, num_tokens: int) -> list[tuple[int, int]]:
@@ -322,8 +330,8 @@ def _temperature(completion: Completion, history: History) -> float:
 
 
 def _assistant_ids(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[Tool] | None, prompt: list[int]
-) -> list[int]:
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[Tool] | None, prompt: _Array
+) -> _Array:
     """Ids of the last assistant message: by the template's generation marks, else whatever follows the prompt."""
     template = tokenizer.chat_template
     if isinstance(template, str) and re.search(r"\{%-?\s*generation", template):
@@ -333,12 +341,12 @@ def _assistant_ids(
         full = full[: marked[-1] + 1] if marked else full
     else:
         full = _render(tokenizer, messages, tools, add_generation_prompt=False)
-    if full[: len(prompt)] != prompt or len(full) == len(prompt):
+    if full[: len(prompt)] != prompt.tolist() or len(full) == len(prompt):
         raise TokenizationError(
             "the chat template renders an assistant message differently from its generation prompt, so its tokens "
             "cannot be told apart; sample it with a sampler that returns token ids"
         )
-    return full[len(prompt) :]
+    return np.array(full[len(prompt) :], np.int32)
 
 
 # Token strings -> ids. One table per tokenizer, kept as long as the tokenizer lives.

@@ -157,7 +157,7 @@ class RLTrainer(SessionTrainer):
         module.reward_history = history
         if settings.plot_tensors:
             path = session.model.run_dir / "plots" / f"{self.global_step:04d}.png"
-            plot_batches(plan.batches[: plan.accumulate], path)
+            plot_batches([microbatch.build() for microbatch in plan.microbatches[: plan.accumulate]], path)
 
     def _take_steps(self, samples: SampleSet, settings: UpdateSettings, plan: Plan) -> Plan:
         """All steps of a call; after one that did not fit into memory, the rest by smaller microbatches."""
@@ -166,7 +166,8 @@ class RLTrainer(SessionTrainer):
             while True:
                 try:
                     try:
-                        feed = Feed(plan.batches, pinned=self.strategy.root_device.type == "cuda")
+                        made = [microbatch.build for microbatch in plan.microbatches]
+                        feed = Feed(made, pinned=self.strategy.root_device.type == "cuda")
                         self._run_epoch(module, feed, accumulate=plan.accumulate)
                     finally:
                         if self.verbs.is_live:
@@ -179,7 +180,8 @@ class RLTrainer(SessionTrainer):
                             "the optimizer's step does not fit into the device's memory: "
                             "AdamWSettings(moments='8bit') or 'paged', or LoRA, need less"
                         ) from error
-                    halve(plan.batches, samples.flat, module, error)
+                    tried = max(microbatch.num_positions for microbatch in plan.microbatches)
+                    halve(tried, samples.flat, module, error)
                 module.goes_on = True
                 module.totals.rewind()
                 plan = plan_rest(plan, samples, settings, self.local_verbs)

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 
 from fitrl.data import ranks
-from fitrl.data.batch import Batch
 from fitrl.data.samples import Sample, num_positions
 from fitrl.errors import OutOfMemoryError
 from fitrl.policy.module import PolicyModule
@@ -31,13 +30,12 @@ def max_tokens(samples: Sequence[Sample], asked: int | None, module: PolicyModul
     return max(longest, fits if limit is None else min(fits, limit))
 
 
-def halve(batches: Sequence[Batch], samples: Sequence[Sample], module: PolicyModule, error: BaseException) -> None:
-    """Remember that these microbatches were too large: from now on they have half as many positions at most.
+def halve(tried: int, samples: Sequence[Sample], module: PolicyModule, error: BaseException) -> None:
+    """Remember that a microbatch of so many positions was too large: from now on they have half as many at most.
 
     Raises:
-        OutOfMemoryError: they cannot be smaller: one trajectory fills the largest, or other ranks are waiting.
+        OutOfMemoryError: it cannot be smaller: one trajectory fills the largest, or other ranks are waiting.
     """
-    tried = max(batch.num_positions for batch in batches)
     longest = _longest(samples, module)
     half = max(longest, tried // 2)
     if half >= tried or ranks.world_size() > 1:

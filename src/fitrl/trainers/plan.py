@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from fitrl.data import ranks
-from fitrl.data.batch import Batch
-from fitrl.data.packing import deal, pack
+from fitrl.data.packing import Microbatch, deal, microbatches, pack
 from fitrl.data.samples import Sample, SampleSet
 from fitrl.errors import CheckpointError
 from fitrl.policy.module import PolicyModule
@@ -31,7 +30,7 @@ class Plan:
     """The microbatches of one call.
 
     Attributes:
-        batches: this rank's, in order; every `accumulate` of them make one optimizer step.
+        microbatches: this rank's, in order; every `accumulate` of them make one optimizer step.
         accumulate: microbatches of an optimizer step, fillers included.
         first_step: optimizer steps taken before the call; the dealing depends on it.
         kl_mean: mean of q - ref over the call, where there is a reference.
@@ -39,7 +38,7 @@ class Plan:
             again.
     """
 
-    batches: list[Batch]
+    microbatches: list[Microbatch]
     accumulate: int
     first_step: int
     kl_mean: float | None
@@ -48,7 +47,7 @@ class Plan:
     @property
     def num_steps(self) -> int:
         """Optimizer steps of these microbatches."""
-        return len(self.batches) // self.accumulate
+        return len(self.microbatches) // self.accumulate
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -85,11 +84,11 @@ def _pack(
             len(samples.groups), settings.num_minibatches, seed=settings.seed, step=first_step, epoch=epoch
         )
     ]
-    steps: list[list[Batch]] = []
+    steps: list[list[Microbatch]] = []
     for number in range(len(taken), len(dealt)):
         chosen = [sample for index in dealt[number] for sample in samples.groups[index]]
         steps.append(
-            pack(
+            microbatches(
                 chosen,
                 max_tokens=max_tokens(chosen, settings.max_tokens_per_microbatch, module, device),
                 kl_mean=kl_mean,
@@ -100,10 +99,10 @@ def _pack(
             )
         )
     accumulate = math.ceil(max(map(len, steps)) / ranks.num_data_ranks())
-    for batches in steps:
-        batches += [batches[0].filler() for _ in range(accumulate * ranks.num_data_ranks() - len(batches))]
+    for step in steps:
+        step += [step[0].filler() for _ in range(accumulate * ranks.num_data_ranks() - len(step))]
     return Plan(
-        batches=[batch for batches in steps for batch in ranks.share_of(batches)],
+        microbatches=[microbatch for step in steps for microbatch in ranks.share_of(step)],
         accumulate=accumulate,
         first_step=first_step,
         kl_mean=kl_mean,
@@ -111,11 +110,11 @@ def _pack(
     )
 
 
-def _counts(batches: Sequence[Batch]) -> tuple[int, int, int]:
+def _counts(step: Sequence[Microbatch]) -> tuple[int, int, int]:
     return (
-        sum(batch.num_input_tokens for batch in batches),
-        sum(batch.num_positions for batch in batches),
-        sum(batch.num_tokens_saved for batch in batches),
+        sum(microbatch.num_input_tokens for microbatch in step),
+        sum(microbatch.num_positions for microbatch in step),
+        sum(microbatch.num_tokens_saved for microbatch in step),
     )
 
 
@@ -165,7 +164,7 @@ def _score_all(
             ]
             break
         except torch.OutOfMemoryError as error:
-            halve(batches, samples, module, error)
+            halve(max(batch.num_positions for batch in batches), samples, module, error)
     exact = next(module.policy.network.parameters()).dtype == torch.float64
     logprobs = ranks.sum_up(torch.cat(rows)).to(torch.float64 if exact else torch.float32)
     columns = [torch.full(sample.mask.shape, torch.nan, dtype=logprobs.dtype) for sample in samples]

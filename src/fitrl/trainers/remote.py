@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-from fitrl.data.batch import Batch
 from fitrl.data.groups import TrajectoryGroup
-from fitrl.data.packing import deal, pack
+from fitrl.data.packing import Microbatch, deal, microbatches
 from fitrl.data.samples import SampleSet, build_samples
 from fitrl.errors import DataError, InvalidArgumentError
 from fitrl.policy.model import TrainableModel
@@ -113,16 +112,16 @@ class RemoteTrainer(RLTrainer):
 
     def _plan(self, samples: SampleSet, settings: UpdateSettings) -> Plan:
         first_step = self.global_step
-        batches: list[Batch] = []
+        made: list[Microbatch] = []
         for epoch in range(settings.num_epochs):
             for indices in deal(
                 len(samples.groups), settings.num_minibatches, seed=settings.seed, step=first_step, epoch=epoch
             ):
-                batches += pack(
+                made += microbatches(
                     [sample for index in indices for sample in samples.groups[index]],
                     layout="packed",
                     skip_zero_advantage=settings.skips_zero_advantage,
-                    measures_mismatch=not batches,
+                    measures_mismatch=not made,
                 )
-        counts = [(batch.num_input_tokens, batch.num_positions, batch.num_tokens_saved) for batch in batches]
-        return Plan(batches=batches, accumulate=1, first_step=first_step, kl_mean=None, counts=counts)
+        counts = [(each.num_input_tokens, each.num_positions, each.num_tokens_saved) for each in made]
+        return Plan(microbatches=made, accumulate=1, first_step=first_step, kl_mean=None, counts=counts)
