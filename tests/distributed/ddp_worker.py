@@ -39,6 +39,14 @@ class KeepGradients(lightning.Callback):
 
     def __init__(self) -> None:
         self.steps: list[list[float]] = []
+        self.microbatches = 0
+        """Of the last call."""
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        self.microbatches = 0
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        self.microbatches += 1
 
     def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
         grads = [whole(p.grad).flatten() for p in module.parameters() if p.grad is not None]

@@ -21,6 +21,7 @@ import lightning
 import pytest
 import torch
 import torch._dynamo
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
@@ -28,6 +29,7 @@ import fitrl
 from distributed.ddp_worker import ACCELERATOR, KeepGradients, digest
 from fitrl.data import ranks
 from fitrl.demo import TASKS, correct
+from fitrl.policy.layers import decoder_layers
 from fitrl.policy.sharding import own_numel
 from fitrl.strategies.fsdp2 import FSDP2Strategy
 from samples import make_groups
@@ -45,18 +47,33 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "float32, compiled": {"precision": "32-true", "compile": True},
     "bfloat16": {"precision": "bf16-mixed"},
+    "bfloat16, whole in a step": {"precision": "bf16-mixed", "whole": True},
+    "adapters, bfloat16": {"precision": "bf16-mixed", "lora": fitrl.LoraSettings(rank=4)},
+    "adapters, bfloat16, whole in a step": {
+        "precision": "bf16-mixed",
+        "lora": fitrl.LoraSettings(rank=4),
+        "whole": True,
+    },
 }
 
 
 def open_trainer(
-    *callbacks: Any, offload: bool = False, precision: str = "64-true", local: bool = False, **options: Any
+    *callbacks: Any,
+    offload: bool = False,
+    whole: bool = False,
+    precision: str = "64-true",
+    local: bool = False,
+    **options: Any,
 ) -> fitrl.LocalTrainer:
     several = SEVERAL and not local
+    strategy: Any = "fitrl_fsdp2"
+    if offload or whole:
+        strategy = FSDP2Strategy(offload=offload, reshard_after_forward=False if whole else None)
     return fitrl.LocalTrainer(
         accelerator=ACCELERATOR,
         devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if several else 1,
         # Lightning takes float64 with a strategy's name only, not with an instance
-        strategy="fitrl_local" if not several else FSDP2Strategy(offload=True) if offload else "fitrl_fsdp2",
+        strategy=strategy if several else "fitrl_local",
         precision=precision,
         callbacks=list(callbacks),
         gradient_clip_val=0.5,
@@ -81,6 +98,21 @@ def unknown_numbers() -> Iterator[set[str]]:
         yield found
 
 
+@contextmanager
+def gathers() -> Iterator[list[None]]:
+    """One for each time that a layer's weights, or those of no layer, are gathered meanwhile."""
+    found: list[None] = []
+    gather = _fsdp_param_group.foreach_all_gather
+
+    def counted(*args: Any, **options: Any) -> Any:
+        found.append(None)
+        return gather(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_fsdp_param_group, "foreach_all_gather", counted)
+        yield found
+
+
 def train(root: Path) -> dict[str, Any]:
     """Every case: gradients of two calls, what this rank holds, the weights that come out."""
     seen: dict[str, Any] = {}
@@ -90,7 +122,10 @@ def train(root: Path) -> dict[str, Any]:
         keep = KeepGradients()
         with unknown_numbers() as numbers, open_trainer(keep, **options) as trainer:
             for seed in (1, 2):
-                result = trainer.fit_rl(model, make_groups(seed=seed), learning_rate=1e-3, max_tokens_per_microbatch=60)
+                with gathers() as gathered:
+                    result = trainer.fit_rl(
+                        model, make_groups(seed=seed), learning_rate=1e-3, max_tokens_per_microbatch=30
+                    )
             parameters = list(trainer.verbs.policy_module.network.parameters())
             seen[name] = {
                 "gradients": keep.steps,
@@ -102,6 +137,9 @@ def train(root: Path) -> dict[str, Any]:
                 "checkpoint": str(result.checkpoint_path),
                 "memory": str(next(iter(parameters)).device),
                 "unknown numbers": sorted(numbers),
+                "gathers": len(gathered),
+                "microbatches": keep.microbatches,
+                "parts": 1 + len(decoder_layers(trainer.verbs.policy_module.policy)),
             }
     return seen
 

@@ -38,6 +38,7 @@ class Policy:
         can_share: whether histories in one row can have a common prefix; found out the same way.
         softcap: soft cap of the final logits, or None.
         root: what is entered whenever the network runs, where its weights are in pieces over several ranks.
+        gathered_bytes: what these take while microbatches are computed, where they stay whole then.
     """
 
     network: nn.Module
@@ -47,6 +48,7 @@ class Policy:
     can_share: bool = False
     softcap: float | None = None
     root: nn.Module | None = None
+    gathered_bytes: int = 0
 
     @property
     def causal_lm(self) -> PreTrainedModel:

@@ -1,12 +1,15 @@
 """`fitrl_fsdp2`: the policy's weights, gradients and moments in pieces over the ranks of a `torchrun` job.
 
-Each decoder layer is gathered when it runs and cut again after it; what is left, embeddings and output head among it,
-is gathered once for forward, loss and backward together. With tensor parallel each of these is a part of its own: the
+Each decoder layer is gathered when it runs and cut again after it, or, where memory is no matter, once for all
+microbatches of an optimizer step; what is left, embeddings and output head among it, is gathered once for forward, loss
+and backward together. With tensor parallel each of these is a part of its own: the
 matrices of a layer, and the vocabulary, are shared out over a second dimension of the mesh.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning
@@ -16,6 +19,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from typing_extensions import override
 
 from fitrl import _compat
+from fitrl.data import ranks
 from fitrl.errors import InvalidArgumentError, UnsupportedError
 from fitrl.policy.layers import decoder_layers
 from fitrl.policy.lending import LentPolicy
@@ -23,6 +27,8 @@ from fitrl.policy.policy import Policy
 from fitrl.policy.sharding import Root
 from fitrl.policy.tensor_parallel import parallelize
 from fitrl.strategies.verbs import PolicyVerbs
+
+_SMALL = 8  # whole weights that take at most so large a part of a GPU's memory stay gathered
 
 
 class FSDP2Strategy(PolicyVerbs, ModelParallelStrategy):
@@ -42,21 +48,39 @@ class FSDP2Strategy(PolicyVerbs, ModelParallelStrategy):
 
     Args:
         tensor_parallel_size: ranks that compute together; neighbours, which should be of one machine.
+        reshard_after_forward: cut each layer again as soon as it has run (ZeRO-3), or keep it whole from the first
+            microbatch of an optimizer step to the last (ZeRO-2), which takes the room of all weights in the type that
+            they multiply in, and saves two gathers of each for every further microbatch. None: keep them on GPUs of
+            whose memory they take an eighth at most.
         offload: keep weights, gradients and moments in the host's memory; each layer visits the device.
         **kwargs: of Lightning's `ModelParallelStrategy`, but for the data's size of the mesh, which is what remains.
 
     Raises:
-        InvalidArgumentError: the size of tensor parallel does not divide the number of ranks.
+        InvalidArgumentError: the size of tensor parallel does not divide the number of ranks, or `offload` with
+            `reshard_after_forward=False`.
     """
 
     strategy_name = "fitrl_fsdp2"
 
-    def __init__(self, *, tensor_parallel_size: int = 1, offload: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        tensor_parallel_size: int = 1,
+        reshard_after_forward: bool | None = None,
+        offload: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if offload and reshard_after_forward is False:
+            raise InvalidArgumentError(
+                "offload=True keeps weights in the host's memory, reshard_after_forward=False on the device: take one"
+            )
         if tensor_parallel_size < 1:
             raise InvalidArgumentError(f"tensor_parallel_size must be at least 1, got {tensor_parallel_size}")
         super().__init__(tensor_parallel_size=tensor_parallel_size, save_distributed_checkpoint=False, **kwargs)
         self.ranks_per_data = tensor_parallel_size
+        self.reshard_after_forward = reshard_after_forward
         self.offload = offload
+        self._reshards = True
         self._lent = False
         self._copy: LentPolicy | None = None
 
@@ -114,8 +138,19 @@ class FSDP2Strategy(PolicyVerbs, ModelParallelStrategy):
             options["offload_policy"] = CPUOffloadPolicy(pin_memory=self.root_device.type == "cuda")
         narrow = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
         inner = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for layer in decoder_layers(policy):
-            fully_shard(layer, mp_policy=inner if narrow is not None else MixedPrecisionPolicy(), **options)
+        layers = decoder_layers(policy)
+        weights = [weight for layer in layers for weight in layer.parameters()]
+        policy.gathered_bytes = sum(weight.numel() * (narrow or weight.dtype).itemsize for weight in weights)
+        self._reshards = self._reshards_for(policy.gathered_bytes)
+        if self._reshards:
+            policy.gathered_bytes = 0
+        for layer in layers:
+            fully_shard(
+                layer,
+                mp_policy=inner if narrow is not None else MixedPrecisionPolicy(),
+                reshard_after_forward=self._reshards,
+                **options,
+            )
             if compiles:
                 # of modules that say so the compiler takes the numbers, the size of a head say, for unknown ones, which
                 # FlexAttention cannot be compiled with; inside a layer's forward they are as any others
@@ -125,6 +160,24 @@ class FSDP2Strategy(PolicyVerbs, ModelParallelStrategy):
         root: Any = fully_shard(Root(policy.network), reshard_after_forward=False, **options)
         policy.root = root
         return policy
+
+    def _reshards_for(self, gathered_bytes: int) -> bool:
+        """Whether layers are cut again after each forward, the same on every rank."""
+        if self.reshard_after_forward is not None or self.offload or self.root_device.type != "cuda":
+            return self.reshard_after_forward is not False
+        memory = torch.cuda.get_device_properties(self.root_device).total_memory
+        return gathered_bytes * _SMALL > min(map(int, ranks.collect(str(memory))))
+
+    @contextmanager
+    @override
+    def block_backward_sync(self) -> Iterator[None]:
+        """Around a microbatch that is not the last of its step: after it the weights are still those of the next."""
+        root: Any = self.policy_module.policy.root
+        root.set_reshard_after_backward(self._reshards)
+        try:
+            yield
+        finally:
+            root.set_reshard_after_backward(True)
 
     # -- whole weights for the embedded sampler -----------------------------------------------------------------
 
@@ -152,10 +205,10 @@ class FSDP2Strategy(PolicyVerbs, ModelParallelStrategy):
     def take_weights_back(self) -> None:
         in_place = self._lent and self._copy is None
         for module in self._sharded():
-            is_root = isinstance(module, Root)
+            reshards = self._reshards and not isinstance(module, Root)
             if in_place:
-                module.set_reshard_after_forward(not is_root, recurse=False)
-            if in_place or is_root:  # a pass without a gradient leaves the root gathered
+                module.set_reshard_after_forward(reshards, recurse=False)
+            if in_place or not reshards:  # a pass without a gradient leaves these gathered
                 module.reshard()
         if self._copy is not None:
             self._copy.drain()
@@ -169,7 +222,8 @@ class FSDP2Strategy(PolicyVerbs, ModelParallelStrategy):
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        self.take_weights_back()  # every forward starts here
+        if self._lent or self._reshards:  # else the microbatches of a step share what the first one gathered
+            self.take_weights_back()  # every forward starts here
         return super().batch_to_device(batch, device, dataloader_idx)
 
     @override
