@@ -23,20 +23,21 @@ def join_groups(groups: Sequence[TrajectoryGroup]) -> list[TrajectoryGroup]:
         DataError: a group is pending, or is none, or holds a value that JSON cannot hold and has to be sent by it.
         RankError: another rank's groups do.
     """
-    ranks.together(lambda: _check(groups))
     if ranks.world_size() == 1:
+        _check(groups)
         return list(groups)
-    said = set(ranks.collect(ranks.together(lambda: _digest(groups))))
+    said = set(ranks.exchange(lambda: _digest(groups)))
     if len(said) == 1 and said != {""}:
         return list(groups)  # as nearly always; JSON of many tokens takes longer than all else before the first kernel
-    text = ranks.together(lambda: "\n".join(group.to_json() for group in groups))
-    if len(set(ranks.collect(hashlib.sha256(text.encode()).hexdigest()))) == 1:
+    texts = ranks.exchange(lambda: "\n".join(group.to_json() for group in groups))
+    if len(set(texts)) == 1:
         return list(groups)
-    return [TrajectoryGroup.from_json(line) for said in ranks.collect(text) for line in said.splitlines()]
+    return [TrajectoryGroup.from_json(line) for text in texts for line in text.splitlines()]
 
 
 def _digest(groups: Sequence[TrajectoryGroup]) -> str:
     """What groups that are alike have in common; "" where they hold something that only their JSON can compare."""
+    _check(groups)
     try:
         content = marshal.dumps(list(map(_content, groups)), 2)  # later formats tell of shared objects too
     except DataError:

@@ -27,6 +27,7 @@ _T = TypeVar("_T")
 _rollouts: dist.ProcessGroup | None = None
 _lifeline: Lifeline | None = None
 _sharing = 1  # consecutive ranks with the same data
+_SHORT = 256  # bytes that go in one collective
 _NEWS_S = 2.0  # a connection that breaks is heard of in milliseconds, on a busy machine later
 
 
@@ -98,16 +99,24 @@ def collect(text: str, *, of_rollouts: bool = False) -> list[str]:
         return [text]
     group = _rollouts if of_rollouts else None
     device = torch.device("cpu") if group is not None else _device()
-    own = torch.frombuffer(bytearray(text.encode()) or bytearray(1), dtype=torch.uint8).to(device)
-    length = torch.tensor([len(text.encode())], device=own.device)
-    lengths = [torch.empty_like(length) for _ in range(world_size())]
-    dist.all_gather(lengths, length, group=group)
-    sizes = [int(size) for size in lengths]
-    padded = torch.zeros(max(1, *sizes), dtype=torch.uint8, device=own.device)
-    padded[: sizes[rank()]] = own[: sizes[rank()]]
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded, group=group)
-    return [bytes(part[:size].cpu().numpy()).decode() for part, size in zip(parts, sizes, strict=True)]
+
+    def gather(content: bytes) -> list[bytes]:
+        """Everyone's, of one length."""
+        own = torch.frombuffer(bytearray(content), dtype=torch.uint8).to(device)
+        parts = own.new_empty(world_size(), len(content))
+        dist.all_gather(list(parts), own, group=group)
+        return [bytes(part) for part in parts.cpu().numpy()]
+
+    content = text.encode()
+    start = gather(_padded(len(content).to_bytes(8) + content, _SHORT))  # most have room beside their length
+    first = [(int.from_bytes(one[:8]), one[8:]) for one in start]
+    longest = max(size for size, _ in first)
+    rest = gather(_padded(content[_SHORT - 8 :], longest + 8 - _SHORT)) if longest > _SHORT - 8 else [b""] * len(first)
+    return [(start + more)[:size].decode() for (size, start), more in zip(first, rest, strict=True)]
+
+
+def _padded(content: bytes, length: int) -> bytes:
+    return content[:length].ljust(length, b"\0")
 
 
 @naming_the_lost()
@@ -168,6 +177,24 @@ def settle(failure: Exception | None, *, of_rollouts: bool = False) -> None:
     others = [f"rank {number}: {text}" for number, text in enumerate(said) if text]
     if others:
         raise RankError("; ".join(others))
+
+
+def exchange(work: Callable[[], str]) -> list[str]:
+    """Do something on every rank, and tell all what came of it; where it fails on one, all raise, see `settle`.
+
+    One collective less than `together` and `collect`.
+    """
+    failure: Exception | None = None
+    try:
+        text = "=" + work()
+    except Exception as error:
+        failure, text = error, f"{type(error).__name__}: {error}"
+    said = collect(text)
+    if failure is not None:
+        raise failure
+    if others := [f"rank {number}: {one}" for number, one in enumerate(said) if not one.startswith("=")]:
+        raise RankError("; ".join(others))
+    return [one[1:] for one in said]
 
 
 def together(work: Callable[[], _T]) -> _T:

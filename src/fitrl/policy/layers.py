@@ -39,7 +39,11 @@ def decoder_layers(policy: Policy) -> list[nn.Module]:
 
 
 def compile_layers(policy: Policy) -> None:
-    """Compile the decoder layers' forward, once for all layers and batch shapes; hooks on them stay outside."""
+    """Compile the decoder layers' forward, once for all layers and batch shapes; hooks on them stay outside.
+
+    On a GPU there may be three graphs of each kind of layout, whatever the number of shapes: torch's compiler fuses the
+    backward of norms for rows of many tokens only, from 2,560 or 5,120 at a width of 1024, and guards that.
+    """
     allow_many_graphs()
     compiled: dict[Any, Any] = {}
     for layer in decoder_layers(policy):

@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
+from fitrl.data import ranks
 from fitrl.errors import InvalidArgumentError
 
 
@@ -90,12 +92,13 @@ class CallTotals:
     microbatches: RawTotals = field(default_factory=RawTotals)
     mismatch: RawTotals = field(default_factory=RawTotals)
     steps: RawTotals = field(default_factory=RawTotals)
+    _group: Any = None
 
     def reset(self, device: torch.device, group: Any = None) -> None:
         """Start the next call, on a device; reduced over a process group, None: over all ranks."""
+        self._group = group
         for totals in (self.microbatches, self.mismatch, self.steps):
             totals.to(device)
-            totals.process_group = group
             totals.reset()
 
     def mark(self) -> None:
@@ -109,12 +112,18 @@ class CallTotals:
             totals.rewind()
 
     def compute(self) -> dict[str, float]:
-        """Public metrics of the call, reduced over ranks."""
-        raw: dict[str, float] = {}
-        for totals in (self.microbatches, self.mismatch, self.steps):
-            if any(totals.names):
-                raw |= totals.compute()
-        return derive(raw)
+        """Public metrics of the call; for all of them two collectives, and one transfer to the host."""
+        used = [totals for totals in (self.microbatches, self.mismatch, self.steps) if any(totals.names)]
+        if not used:
+            return {}
+        summed, peaked = ([name for totals in used for name in totals.names[place]] for place in (0, 1))
+        sums = torch.cat([totals.sums.reshape(-1)[: len(totals.names[0])] for totals in used])
+        maxima = torch.cat([totals.maxima.reshape(-1)[: len(totals.names[1])] for totals in used])
+        if ranks.world_size() > 1:
+            with ranks.naming_the_lost():
+                dist.all_reduce(sums, group=self._group)
+                dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=self._group)
+        return derive(dict(zip([*summed, *peaked], torch.cat([sums, maxima]).tolist(), strict=True)))
 
 
 def mismatch(logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> dict[str, Tensor]:
