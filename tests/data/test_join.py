@@ -37,9 +37,7 @@ def test_what_only_json_can_compare_is_compared_by_it() -> None:
 def test_other_groups_of_the_other_rank_are_added(monkeypatch) -> None:
     ours, theirs = make_groups(seed=1), make_groups(seed=2)
     lines = "\n".join(group.to_json() for group in theirs)
-    monkeypatch.setattr(
-        ranks, "collect", lambda text, **options: [text, f"={lines}" if "{" in text else "=another"]
-    )
+    monkeypatch.setattr(ranks, "collect", lambda text, **options: [text, f"={lines}" if "{" in text else "=another"])
     joined = join_groups(ours)
     assert [group.to_json() for group in joined] == [group.to_json() for group in (*ours, *theirs)]
 

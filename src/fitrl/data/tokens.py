@@ -130,30 +130,31 @@ def check(histories: Sequence[TokenHistory], *, need_logprobs: bool, vocabulary_
         return
     if vocabulary_size is not None:
         ids = torch.cat([history.token_ids for history in histories])
-        outside = (ids < 0) | (ids >= vocabulary_size)
-        if bool(outside.any()):
+        low, high = torch.aminmax(ids) if len(ids) else (ids.new_zeros(()), ids.new_zeros(()))
+        if low < 0 or high >= vocabulary_size:
+            outside = int(ids[(ids < 0) | (ids >= vocabulary_size)][0])
             raise DataError(
-                f"token id {int(ids[outside][0])} is outside the policy's vocabulary, 0 to {vocabulary_size - 1}: was "
+                f"token id {outside} is outside the policy's vocabulary, 0 to {vocabulary_size - 1}: was "
                 "the trajectory sampled from another model?"
             )
     mask = torch.cat([history.mask for history in histories])
     lengths = torch.tensor([len(history) for history in histories])
     if bool(mask[(lengths.cumsum(0) - lengths)[lengths > 0]].any()):
         raise DataError("the first token of a history cannot be trained on: nothing predicts it")
-    logprobs = torch.cat([history.logprobs for history in histories])[mask]
-    missing = logprobs.isnan()
+    logprobs = torch.cat([history.logprobs for history in histories])
+    missing = logprobs.isnan() & mask
     if need_logprobs and bool(missing.any()):
         raise DataError(
-            f"{int(missing.sum())} of {logprobs.numel()} sampled tokens have no logprob (NaN): ask the sampler for "
+            f"{int(missing.sum())} of {int(mask.sum())} sampled tokens have no logprob (NaN): ask the sampler for "
             "logprobs, or pass allow_training_without_logprobs=True"
         )
-    wrong = (logprobs > _LOGPROB_TOLERANCE) | logprobs.isinf()
+    wrong = ((logprobs > _LOGPROB_TOLERANCE) | logprobs.isinf()) & mask
     if bool(wrong.any()):
         raise DataError(
             f"{float(logprobs[wrong][0])} is no logprob: the logarithm of a probability is finite and at most 0"
         )
-    temperature = torch.cat([history.temperature for history in histories])[mask]
-    refused = ~(temperature > 0) | temperature.isinf()
+    temperature = torch.cat([history.temperature for history in histories])
+    refused = (~(temperature > 0) | temperature.isinf()) & mask
     if bool(refused.any()):
         raise DataError(
             f"temperature {float(temperature[refused][0])} cannot be trained on: a greedy choice has no probability to "
