@@ -124,6 +124,26 @@ def without_sigterm_broadcasts(trainer: lightning.Trainer) -> Iterator[None]:
         del loop._broadcast_sigterm_tensor
 
 
+@contextmanager
+def without_first_barriers(trainer: lightning.Trainer) -> Iterator[None]:
+    """Keep `fit` from having all ranks wait for each other four times before its first batch, while devices do nothing.
+
+    They have just compared their groups, and there is no data module that one of them prepares for the others.
+    """
+    strategy: Any = trainer.strategy
+    wait = strategy.barrier
+
+    def barrier(name: str | None = None, *args: Any, **kwargs: Any) -> None:
+        if name not in ("pre_setup", "post_setup", "run-stage", "train_dataloader()"):
+            wait(name, *args, **kwargs)
+
+    strategy.barrier = barrier
+    try:
+        yield
+    finally:
+        del strategy.barrier
+
+
 def _nothing() -> None:
     """In place of a method that has nothing to do."""
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import pytest
 import torch
 
 import fitrl
@@ -142,6 +143,29 @@ def shared_groups(root: Path) -> dict[str, Any]:
     return seen
 
 
+def collectives(root: Path) -> list[str]:
+    """What the ranks wait for each other with in a call of two microbatches each, but for the gradients."""
+    found: list[str] = []
+
+    def counted(name: str) -> Any:
+        collective = getattr(torch.distributed, name)
+
+        def call(*args: Any, **options: Any) -> Any:
+            found.append(name)
+            return collective(*args, **options)
+
+        return call
+
+    with new_trainer() as trainer:
+        model = fitrl.TrainableModel("collectives", "ddp", "tiny", lora=None, root=root)
+        trainer.fit_rl(model, make_groups(seed=1))
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("all_gather", "all_reduce", "broadcast", "barrier", "broadcast_object_list"):
+                patch.setattr(torch.distributed, name, counted(name))
+            trainer.fit_rl(model, make_groups(seed=2), max_tokens_per_microbatch=30, save_checkpoint=False)
+    return found
+
+
 def rollouts(root: Path) -> dict[str, Any]:
     """Rollouts shared over the ranks, then a step; logging; a second trainer on the same run."""
     seen: dict[str, Any] = {}
@@ -214,6 +238,7 @@ def main() -> None:
     output = Path(sys.argv[1])
     root = output.parent / f"{output.name}.runs"
     seen = {"train": train(root), "groups": shared_groups(root), "rollouts": rollouts(root), "stock": stock(root)}
+    seen["collectives"] = collectives(root)
     suffix = f".{os.environ['RANK']}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
     output.with_name(output.name + suffix).write_text(json.dumps(seen))
 

@@ -80,7 +80,7 @@ class Mixed(lightning.Callback):
         mixed = [*(grad.detach().clone() for grad in grads), torch.ones(3, dtype=grads[0].dtype)]
         wholes = torch.cat([whole(grad).flatten().cpu() for grad in mixed])
         found = gradient_norm(mixed)
-        clip_by_norm(mixed, 0.25)
+        clip_by_norm(mixed, 0.25, found)
         self.seen.append((float(found), float(wholes.norm()), float(gradient_norm(mixed))))
 
 

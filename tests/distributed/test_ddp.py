@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,17 @@ def seen(request, tmp_path_factory, alone) -> dict[str, Any]:
     )
     assert ranks.returncode == 0, ranks.stderr
     files = {"one": alone, "two.0": folder / "two.0", "two.1": folder / "two.1"}
-    return {name: json.loads(path.read_text()) for name, path in files.items()} | {"folder": folder}
+    told = {name: json.loads(path.read_text()) for name, path in files.items()}
+    return told | {"folder": folder, "in pieces": request.param == "fitrl_fsdp2"}
+
+
+def test_a_call_waits_for_other_ranks_a_few_times_only(seen) -> None:
+    """For groups, metrics, and signals before and after; the rest is Lightning's, which asks how long the data is."""
+    assert seen["one"]["collectives"] == []
+    lightnings = Counter(barrier=2, all_reduce=2, broadcast_object_list=1)
+    norm = Counter(all_reduce=int(seen["in pieces"]))
+    for name in ("two.0", "two.1"):
+        assert Counter(seen[name]["collectives"]) == lightnings + norm + Counter(all_gather=1, all_reduce=4)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -285,7 +285,8 @@ class PolicyModule(lightning.LightningModule):
         grads = _gradients(optimizer)
         by_norm = gradient_clip_val is not None and gradient_clip_algorithm != "value"
         if by_norm and gradient_clip_val and any(isinstance(grad, DTensor) for grad in grads):
-            clip_by_norm(grads, gradient_clip_val)
+            assert self.last_grad_norm is not None  # measured just before
+            clip_by_norm(grads, gradient_clip_val, self.last_grad_norm)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 

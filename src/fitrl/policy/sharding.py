@@ -93,9 +93,12 @@ def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
     return torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
 
 
-def clip_by_norm(gradients: Sequence[Tensor], most: float) -> None:
-    """Scale all gradients so that their norm is `most`, if it is above."""
-    own = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-    factor = (most / (gradient_norm(gradients) + 1e-6)).clamp(max=1.0)  # as torch's `clip_grad_norm_` does
-    for gradient in own:
-        gradient.mul_(factor.to(gradient.device))
+def clip_by_norm(gradients: Sequence[Tensor], most: float, norm: Tensor) -> None:
+    """Scale all gradients, whose norm is `norm`, so that it is `most`, if it is above."""
+    factor = (most / (norm + 1e-6)).clamp(max=1.0)  # as torch's `clip_grad_norm_` does
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for gradient in gradients:
+        own = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        by_device.setdefault(own.device, []).append(own)
+    for device, own_gradients in by_device.items():
+        torch._foreach_mul_(own_gradients, factor.to(device))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy as LightningDDP
+from torch.nn.parallel import DistributedDataParallel
 
 from fitrl.strategies.verbs import PolicyVerbs
+
+_NEW, _OLD = "forward_sync_buffers", "broadcast_buffers"  # torch 2.13 renamed it
+_BUFFERS = _NEW if _NEW in inspect.signature(DistributedDataParallel).parameters else _OLD
 
 
 class DDPStrategy(PolicyVerbs, LightningDDP):
@@ -16,12 +21,16 @@ class DDPStrategy(PolicyVerbs, LightningDDP):
     that of one process.
 
     Args:
-        **kwargs: of Lightning's `DDPStrategy`; `gradient_as_bucket_view` is True unless given: a gradient is reduced
-            where it lies, in the memory of one instead of two.
+        **kwargs: of Lightning's `DDPStrategy`. Unless given, `gradient_as_bucket_view` is True: a gradient is reduced
+            where it lies, in the memory of one instead of two; and buffers are not sent before a forward: those of a
+            language model are constants, which every rank has loaded.
     """
 
     strategy_name = "fitrl_ddp"
     copies_in_memory = True
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**{"gradient_as_bucket_view": True} | kwargs)
+        chosen: dict[str, Any] = {"gradient_as_bucket_view": True}
+        if not kwargs.keys() & {_NEW, _OLD}:
+            chosen[_BUFFERS] = False
+        super().__init__(**chosen | kwargs)

@@ -178,6 +178,7 @@ class BackendTrainer(lightning.Trainer):
                 _compat.without_epoch_notes(),
                 _compat.keeping_device_memory(self),
                 _compat.without_sigterm_broadcasts(self),
+                _compat.without_first_barriers(self),
             ):
                 self.fit(module, train_dataloaders=feed)
         except SystemExit as stop:
