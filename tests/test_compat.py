@@ -287,6 +287,22 @@ def test_fit_asks_nobody_before_each_batch_whether_to_end(trainer, module, monke
     assert "_broadcast_sigterm_tensor" not in vars(loop)
 
 
+def test_ranks_do_not_wait_for_each_other_before_the_first_batch(trainer, module, monkeypatch) -> None:
+    waited: list[str | None] = []
+    first = {"pre_setup", "post_setup", "run-stage", "train_dataloader()"}
+    monkeypatch.setattr(LocalStrategy, "barrier", lambda self, name=None: waited.append(name))
+    _compat.allow_one_more_epoch(trainer)
+    trainer.fit(module, train_dataloaders=feed())
+    assert first <= set(waited)  # Lightning does it
+    waited.clear()
+    _compat.allow_one_more_epoch(trainer)
+    with _compat.without_first_barriers(trainer):
+        trainer.fit(module, train_dataloaders=feed())
+        trainer.strategy.barrier("another")
+    assert "another" in waited and first.isdisjoint(waited)
+    assert "barrier" not in vars(trainer.strategy)
+
+
 def test_the_missing_validation_loop_is_not_worth_a_warning(trainer, module) -> None:
     """pytest replaces the filters of the process, so the one that _compat adds is put back first."""
     [line] = [

@@ -172,7 +172,7 @@ class FSDP2Strategy(PolicyVerbs, ModelParallelStrategy):
     @override
     def block_backward_sync(self) -> Iterator[None]:
         """Around a microbatch that is not the last of its step: after it the weights are still those of the next."""
-        root: Any = self.policy_module.policy.root
+        root = self._root()
         root.set_reshard_after_backward(self._reshards)
         try:
             yield
@@ -214,11 +214,13 @@ class FSDP2Strategy(PolicyVerbs, ModelParallelStrategy):
             self._copy.drain()
         self._lent = False
 
-    def _sharded(self) -> list[FSDPModule]:
+    def _root(self) -> Any:
         module: Any = self.lightning_module
-        root = module.policy.root
-        assert root is not None  # set by `shard`
-        return [module for module in root.modules() if isinstance(module, FSDPModule)]
+        assert module.policy.root is not None  # set by `shard`
+        return module.policy.root
+
+    def _sharded(self) -> list[FSDPModule]:
+        return [module for module in self._root().modules() if isinstance(module, FSDPModule)]
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
