@@ -121,10 +121,10 @@ def train(root: Path) -> dict[str, Any]:
         model = fitrl.TrainableModel(f"case-{number}", "fsdp2", "tiny", lora=options.pop("lora", None), root=root)
         keep = KeepGradients()
         with unknown_numbers() as numbers, open_trainer(keep, **options) as trainer:
-            for seed in (1, 2):
+            for seed, most in ((1, 60), (2, 30)):
                 with gathers() as gathered:
                     result = trainer.fit_rl(
-                        model, make_groups(seed=seed), learning_rate=1e-3, max_tokens_per_microbatch=30
+                        model, make_groups(seed=seed), learning_rate=1e-3, max_tokens_per_microbatch=most
                     )
             parameters = list(trainer.verbs.policy_module.network.parameters())
             seen[name] = {

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 import fitrl
-from distributed.ddp_worker import AFTER_A_STEP
+from distributed.ddp_worker import ACCELERATOR, AFTER_A_STEP
 from distributed.fsdp2_worker import CASES
 from distributed.launch import HERE, environment, torchrun
-from fitrl.errors import CheckpointError
+from fitrl.errors import CheckpointError, InvalidArgumentError
 from fitrl.policy.checkpoints import verify
+from fitrl.strategies.fsdp2 import FSDP2Strategy
 from samples import make_groups
 
 pytestmark = pytest.mark.slow
@@ -26,8 +28,8 @@ pytestmark = pytest.mark.slow
 TOLERANCE = {
     "adapters, recomputed, offloaded": 1e-5,
     "float32, compiled": 1e-4,
-    "bfloat16": 5e-2,
-    "adapters, bfloat16": 0.1,
+    "bfloat16": 5e-2 if ACCELERATOR == "gpu" else 2e-2,
+    "adapters, bfloat16": 5e-2,
 }
 TOLERANCE |= {f"{name}, whole in a step": TOLERANCE[name] for name in ("bfloat16", "adapters, bfloat16")}
 
@@ -239,3 +241,21 @@ def test_moments_that_cannot_be_cut_are_refused(seen) -> None:
     for name in ("two.0", "two.1"):
         assert seen[name]["refused"].startswith("UnsupportedError") and "fitrl_ddp" in seen[name]["refused"]
     assert seen["one"]["refused"] == "taken"
+
+
+def test_memory_decides_whether_layers_stay_whole_unless_told(monkeypatch) -> None:
+    """A GPU of 80 GB: 10 GB of weights stay whole, more do not."""
+    monkeypatch.setattr(FSDP2Strategy, "root_device", torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 10**9))
+    reshards = [FSDP2Strategy()._reshards_for(size * 10**9) for size in (1, 10, 11)]
+    assert reshards == [False, False, True]
+    assert FSDP2Strategy(reshard_after_forward=True)._reshards_for(1)
+    assert not FSDP2Strategy(reshard_after_forward=False)._reshards_for(10**12)
+    assert FSDP2Strategy(offload=True)._reshards_for(1)
+    monkeypatch.setattr(FSDP2Strategy, "root_device", torch.device("cpu"))
+    assert FSDP2Strategy()._reshards_for(1)
+
+
+def test_offloaded_weights_cannot_stay_on_the_device() -> None:
+    with pytest.raises(InvalidArgumentError, match="offload=True .* take one"):
+        FSDP2Strategy(offload=True, reshard_after_forward=False)

@@ -169,17 +169,16 @@ def settle(failure: Exception | None, *, of_rollouts: bool = False) -> None:
     Raises:
         RankError: it went well here and failed elsewhere. Where it failed, the failure itself is raised.
     """
-    if failure is not None and world_size() == 1:
-        raise failure
-    said = collect("" if failure is None else f"{type(failure).__name__}: {failure}", of_rollouts=of_rollouts)
-    if failure is not None:
-        raise failure
-    others = [f"rank {number}: {text}" for number, text in enumerate(said) if text]
-    if others:
-        raise RankError("; ".join(others))
+
+    def outcome() -> str:
+        if failure is not None:
+            raise failure
+        return ""
+
+    exchange(outcome, of_rollouts=of_rollouts)
 
 
-def exchange(work: Callable[[], str]) -> list[str]:
+def exchange(work: Callable[[], str], *, of_rollouts: bool = False) -> list[str]:
     """Do something on every rank, and tell all what came of it; where it fails on one, all raise, see `settle`.
 
     One collective less than `together` and `collect`.
@@ -189,7 +188,7 @@ def exchange(work: Callable[[], str]) -> list[str]:
         text = "=" + work()
     except Exception as error:
         failure, text = error, f"{type(error).__name__}: {error}"
-    said = collect(text)
+    said = collect(text, of_rollouts=of_rollouts)
     if failure is not None:
         raise failure
     if others := [f"rank {number}: {one}" for number, one in enumerate(said) if not one.startswith("=")]:

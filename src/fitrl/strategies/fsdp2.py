@@ -24,7 +24,7 @@ from fitrl.errors import InvalidArgumentError, UnsupportedError
 from fitrl.policy.layers import decoder_layers
 from fitrl.policy.lending import LentPolicy
 from fitrl.policy.policy import Policy
-from fitrl.policy.sharding import Root
+from fitrl.policy.sharding import Root, own_numel
 from fitrl.policy.tensor_parallel import parallelize
 from fitrl.strategies.verbs import PolicyVerbs
 
@@ -140,10 +140,9 @@ class FSDP2Strategy(PolicyVerbs, ModelParallelStrategy):
         inner = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False)
         layers = decoder_layers(policy)
         weights = [weight for layer in layers for weight in layer.parameters()]
-        policy.gathered_bytes = sum(weight.numel() * (narrow or weight.dtype).itemsize for weight in weights)
-        self._reshards = self._reshards_for(policy.gathered_bytes)
-        if self._reshards:
-            policy.gathered_bytes = 0
+        gathered_bytes = sum(own_numel(weight) * (narrow or weight.dtype).itemsize for weight in weights)
+        self._reshards = self._reshards_for(gathered_bytes)
+        policy.gathered_bytes = 0 if self._reshards else gathered_bytes
         for layer in layers:
             fully_shard(
                 layer,
@@ -172,8 +171,11 @@ class FSDP2Strategy(PolicyVerbs, ModelParallelStrategy):
     @override
     def block_backward_sync(self) -> Iterator[None]:
         """Around a microbatch that is not the last of its step: after it the weights are still those of the next."""
+        if self._reshards:
+            yield
+            return
         root = self._root()
-        root.set_reshard_after_backward(self._reshards)
+        root.set_reshard_after_backward(False)
         try:
             yield
         finally:

@@ -71,6 +71,11 @@ class TitanStrategy(FSDP2Strategy):
         for name, size in sizes.items():
             if size < 1:
                 raise InvalidArgumentError(f"{name} must be at least 1, got {size}")
+        for name in ("offload", "reshard_after_forward"):
+            if name in kwargs:
+                raise InvalidArgumentError(
+                    f"{name}={kwargs[name]!r}: torchtitan's plans decide where weights lie; fitrl_fsdp2 takes it"
+                )
         try:
             import torchtitan  # noqa: F401
         except ImportError as error:
