@@ -96,7 +96,7 @@ class Completion:
         columns: the long ones of these as arrays.
 
     Raises:
-        DataError: a token id or a logprob is no number.
+        DataError: a token id or a logprob is no number, or an id does not fit into 32 bits.
     """
 
     message: Message
