@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from lightning.pytorch.plugins import HalfPrecision, MixedPrecision
 
 from fitrl.data.batch import Batch, Feed, LossTargets, ModelInputs
+from fitrl.data.host import by_one_thread
 from fitrl.data.packing import pack
 from fitrl.objective.objective import Objective
 from fitrl.objective.policy_loss import policy_loss
@@ -164,9 +166,37 @@ def test_a_feed_is_sized_and_can_be_read_twice(batch: Batch) -> None:
 def test_a_batch_is_pinned_when_its_turn_comes(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
     pinned: list[Batch] = []
     monkeypatch.setattr(Batch, "pin_memory", lambda self: pinned.append(self) or self.filler())
-    feed = iter(Feed([batch, batch], pinned=True))
+    feed = iter(Feed([batch, batch], device=torch.device("cuda")))
 
     assert next(feed) is not batch
     assert pinned == [batch]
     assert len(list(feed)) == 1
     assert pinned == [batch, batch]
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("device, expected", [("cuda", 1), ("cpu", 2)])
+def test_batches_for_a_gpu_are_made_by_one_thread(batch, device, expected, two_threads, monkeypatch) -> None:
+    monkeypatch.setattr(Batch, "pin_memory", lambda self: self)
+    seen: list[int] = []
+
+    def make() -> Batch:
+        seen.append(torch.get_num_threads())
+        return batch
+
+    for _ in Feed([make, make], device=torch.device(device)):
+        seen.append(torch.get_num_threads())  # what else computes has all threads
+    assert seen == [expected, 2] * 2
+
+
+def test_threads_come_back_after_an_error(two_threads) -> None:
+    with pytest.raises(ArithmeticError), by_one_thread(torch.device("cuda")):
+        raise ArithmeticError
+    assert torch.get_num_threads() == 2

@@ -12,7 +12,7 @@ import json
 import os
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ CASES: dict[str, dict[str, Any]] = {
         "offload": True,
     },
     "float32, compiled": {"precision": "32-true", "compile": True},
+    "float32, summed once": {"precision": "32-true", "once": True},
+    "float32, summed once, whole in a step": {"precision": "32-true", "once": True, "whole": True},
     "bfloat16": {"precision": "bf16-mixed"},
     "bfloat16, whole in a step": {"precision": "bf16-mixed", "whole": True},
     "adapters, bfloat16": {"precision": "bf16-mixed", "lora": fitrl.LoraSettings(rank=4)},
@@ -61,14 +63,19 @@ def open_trainer(
     *callbacks: Any,
     offload: bool = False,
     whole: bool = False,
+    once: bool = False,
     precision: str = "64-true",
     local: bool = False,
     **options: Any,
 ) -> fitrl.LocalTrainer:
     several = SEVERAL and not local
     strategy: Any = "fitrl_fsdp2"
-    if offload or whole:
-        strategy = FSDP2Strategy(offload=offload, reshard_after_forward=False if whole else None)
+    if offload or whole or once:
+        strategy = FSDP2Strategy(
+            offload=offload,
+            reshard_after_forward=False if whole else None,
+            sync_every_microbatch=False if once else None,
+        )
     return fitrl.LocalTrainer(
         accelerator=ACCELERATOR,
         devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if several else 1,
@@ -99,17 +106,20 @@ def unknown_numbers() -> Iterator[set[str]]:
 
 
 @contextmanager
-def gathers() -> Iterator[list[None]]:
-    """One for each time that a layer's weights, or those of no layer, are gathered meanwhile."""
-    found: list[None] = []
-    gather = _fsdp_param_group.foreach_all_gather
+def collectives() -> Iterator[dict[str, int]]:
+    """How often a layer's weights, or those of no layer, are gathered meanwhile, and their gradients summed."""
+    found = {"gathers": 0, "sums": 0}
 
-    def counted(*args: Any, **options: Any) -> Any:
-        found.append(None)
-        return gather(*args, **options)
+    def counted(what: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def count(*args: Any, **options: Any) -> Any:
+            found[what] += 1
+            return work(*args, **options)
+
+        return count
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_fsdp_param_group, "foreach_all_gather", counted)
+        for what, name in (("gathers", "foreach_all_gather"), ("sums", "foreach_reduce")):
+            patch.setattr(_fsdp_param_group, name, counted(what, getattr(_fsdp_param_group, name)))
         yield found
 
 
@@ -122,7 +132,7 @@ def train(root: Path) -> dict[str, Any]:
         keep = KeepGradients()
         with unknown_numbers() as numbers, open_trainer(keep, **options) as trainer:
             for seed, most in ((1, 60), (2, 30)):
-                with gathers() as gathered:
+                with collectives() as counts:
                     result = trainer.fit_rl(
                         model, make_groups(seed=seed), learning_rate=1e-3, max_tokens_per_microbatch=most
                     )
@@ -137,7 +147,7 @@ def train(root: Path) -> dict[str, Any]:
                 "checkpoint": str(result.checkpoint_path),
                 "memory": str(next(iter(parameters)).device),
                 "unknown numbers": sorted(numbers),
-                "gathers": len(gathered),
+                **counts,
                 "microbatches": keep.microbatches,
                 "parts": 1 + len(decoder_layers(trainer.verbs.policy_module.policy)),
             }

@@ -28,6 +28,8 @@ pytestmark = pytest.mark.slow
 TOLERANCE = {
     "adapters, recomputed, offloaded": 1e-5,
     "float32, compiled": 1e-4,
+    "float32, summed once": 1e-4,
+    "float32, summed once, whole in a step": 1e-4,
     "bfloat16": 5e-2 if ACCELERATOR == "gpu" else 2e-2,
     "adapters, bfloat16": 5e-2,
 }
@@ -243,19 +245,31 @@ def test_moments_that_cannot_be_cut_are_refused(seen) -> None:
     assert seen["one"]["refused"] == "taken"
 
 
-def test_memory_decides_whether_layers_stay_whole_unless_told(monkeypatch) -> None:
-    """A GPU of 80 GB: 10 GB of weights stay whole, more do not."""
+def test_memory_decides_what_stays_whole_unless_told(monkeypatch) -> None:
+    """A GPU of 80 GB: 10 GB stay whole, more do not."""
     monkeypatch.setattr(FSDP2Strategy, "root_device", torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 10**9))
-    reshards = [FSDP2Strategy()._reshards_for(size * 10**9) for size in (1, 10, 11)]
-    assert reshards == [False, False, True]
-    assert FSDP2Strategy(reshard_after_forward=True)._reshards_for(1)
-    assert not FSDP2Strategy(reshard_after_forward=False)._reshards_for(10**12)
-    assert FSDP2Strategy(offload=True)._reshards_for(1)
+    assert [FSDP2Strategy()._cuts(size * 10**9, None) for size in (1, 10, 11)] == [False, False, True]
+    assert FSDP2Strategy()._cuts(1, True)
+    assert not FSDP2Strategy()._cuts(10**12, False)
+    assert FSDP2Strategy(offload=True)._cuts(1, None)
     monkeypatch.setattr(FSDP2Strategy, "root_device", torch.device("cpu"))
-    assert FSDP2Strategy()._reshards_for(1)
+    assert FSDP2Strategy()._cuts(1, None)
 
 
-def test_offloaded_weights_cannot_stay_on_the_device() -> None:
-    with pytest.raises(InvalidArgumentError, match="offload=True .* take one"):
-        FSDP2Strategy(offload=True, reshard_after_forward=False)
+@pytest.mark.parametrize("name", ["reshard_after_forward", "sync_every_microbatch"])
+def test_what_is_offloaded_cannot_stay_on_the_device(name) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"offload=True .* {name}=False .* take one"):
+        FSDP2Strategy(offload=True, **{name: False})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_summed_once_for_a_step_where_they_stay_whole(seen, case) -> None:
+    for name in ("two.0", "two.1"):
+        rank = seen[name]["train"][case]
+        if "summed once" in case:
+            assert rank["sums"] == rank["parts"]
+        else:
+            assert rank["sums"] >= rank["microbatches"] * (
+                rank["parts"] - 1
+            )  # of adapters, what is not in a layer has none

@@ -116,7 +116,9 @@ def test_one_rank_refuses_what_it_cannot_do() -> None:
     assert "4 passed" in run_on_ranks(f"{__file__}::OnRank", ranks=1)
 
 
-@pytest.mark.parametrize("argument", [{"offload": True}, {"reshard_after_forward": False}])
+@pytest.mark.parametrize(
+    "argument", [{"offload": True}, {"reshard_after_forward": False}, {"sync_every_microbatch": False}]
+)
 def test_what_torchtitans_plans_decide_is_no_argument(argument) -> None:
     with pytest.raises(InvalidArgumentError, match=f"{next(iter(argument))}=.*torchtitan's plans"):
         TitanStrategy(**argument)

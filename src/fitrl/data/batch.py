@@ -13,6 +13,9 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from fitrl.data.host import by_one_thread
+
+_CPU = torch.device("cpu")
 _Tensors = TypeVar("_Tensors", "ModelInputs", "LossTargets")
 
 
@@ -181,19 +184,21 @@ class Feed:
     Args:
         batches: of an epoch, in order; one that is a function is made by it when its turn comes, while a GPU still
             computes the one before.
-        pinned: copy each to page-locked memory then.
+        device: where they will be trained on; for a GPU each is copied to page-locked memory.
     """
 
-    def __init__(self, batches: Sequence[Batch | Callable[[], Batch]], *, pinned: bool = False) -> None:
+    def __init__(self, batches: Sequence[Batch | Callable[[], Batch]], *, device: torch.device = _CPU) -> None:
         self._batches = batches
-        self._pinned = pinned
+        self._device = device
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        built = (batch() if callable(batch) else batch for batch in self._batches)
-        return (batch.pin_memory() if self._pinned else batch for batch in built)
+        for batch in self._batches:
+            with by_one_thread(self._device):
+                built = batch() if callable(batch) else batch
+            yield built.pin_memory() if self._device.type == "cuda" else built
 
 
 def _mapped(tensors: _Tensors, copy: Callable[[Tensor], Tensor]) -> _Tensors:

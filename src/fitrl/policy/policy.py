@@ -38,7 +38,7 @@ class Policy:
         can_share: whether histories in one row can have a common prefix; found out the same way.
         softcap: soft cap of the final logits, or None.
         root: what is entered whenever the network runs, where its weights are in pieces over several ranks.
-        gathered_bytes: what these take while microbatches are computed, where they stay whole then.
+        whole_bytes: what of these, and of their gradients, stays whole from one microbatch to the next.
     """
 
     network: nn.Module
@@ -48,7 +48,7 @@ class Policy:
     can_share: bool = False
     softcap: float | None = None
     root: nn.Module | None = None
-    gathered_bytes: int = 0
+    whole_bytes: int = 0
 
     @property
     def causal_lm(self) -> PreTrainedModel:

@@ -1,8 +1,8 @@
 """`fitrl_fsdp2`: the policy's weights, gradients and moments in pieces over the ranks of a `torchrun` job.
 
 Each decoder layer is gathered when it runs and cut again after it, or, where memory is no matter, once for all
-microbatches of an optimizer step; what is left, embeddings and output head among it, is gathered once for forward, loss
-and backward together. With tensor parallel each of these is a part of its own: the
+microbatches of an optimizer step, as gradients are summed once then; what is left, embeddings and output head among it,
+is gathered once for forward, loss and backward together. With tensor parallel each of these is a part of its own: the
 matrices of a layer, and the vocabulary, are shared out over a second dimension of the mesh.
 """
 
@@ -28,7 +28,7 @@ from fitrl.policy.sharding import Root, own_numel
 from fitrl.policy.tensor_parallel import parallelize
 from fitrl.strategies.verbs import PolicyVerbs
 
-_SMALL = 8  # whole weights that take at most so large a part of a GPU's memory stay gathered
+_SMALL = 8  # what takes at most so large a part of a GPU's memory stays whole for a step
 
 
 class FSDP2Strategy(PolicyVerbs, ModelParallelStrategy):
@@ -52,12 +52,15 @@ class FSDP2Strategy(PolicyVerbs, ModelParallelStrategy):
             microbatch of an optimizer step to the last (ZeRO-2), which takes the room of all weights in the type that
             they multiply in, and saves two gathers of each for every further microbatch. None: keep them on GPUs of
             whose memory they take an eighth at most.
+        sync_every_microbatch: sum gradients over the ranks after each microbatch, so that each rank holds its pieces
+            only, or once for an optimizer step, as DDP does, which takes the room of all gradients. None: once on GPUs
+            of whose memory whole weights and gradients together take an eighth at most.
         offload: keep weights, gradients and moments in the host's memory; each layer visits the device.
         **kwargs: of Lightning's `ModelParallelStrategy`, but for the data's size of the mesh, which is what remains.
 
     Raises:
         InvalidArgumentError: the size of tensor parallel does not divide the number of ranks, or `offload` with
-            `reshard_after_forward=False`.
+            `reshard_after_forward=False` or `sync_every_microbatch=False`.
     """
 
     strategy_name = "fitrl_fsdp2"
@@ -67,20 +70,26 @@ class FSDP2Strategy(PolicyVerbs, ModelParallelStrategy):
         *,
         tensor_parallel_size: int = 1,
         reshard_after_forward: bool | None = None,
+        sync_every_microbatch: bool | None = None,
         offload: bool = False,
         **kwargs: Any,
     ) -> None:
-        if offload and reshard_after_forward is False:
-            raise InvalidArgumentError(
-                "offload=True keeps weights in the host's memory, reshard_after_forward=False on the device: take one"
-            )
+        for name, value in (
+            ("reshard_after_forward", reshard_after_forward),
+            ("sync_every_microbatch", sync_every_microbatch),
+        ):
+            if offload and value is False:
+                raise InvalidArgumentError(
+                    f"offload=True keeps everything in the host's memory, {name}=False whole on the device: take one"
+                )
         if tensor_parallel_size < 1:
             raise InvalidArgumentError(f"tensor_parallel_size must be at least 1, got {tensor_parallel_size}")
         super().__init__(tensor_parallel_size=tensor_parallel_size, save_distributed_checkpoint=False, **kwargs)
         self.ranks_per_data = tensor_parallel_size
         self.reshard_after_forward = reshard_after_forward
+        self.sync_every_microbatch = sync_every_microbatch
         self.offload = offload
-        self._reshards = True
+        self._reshards = self._syncs = True
         self._lent = False
         self._copy: LentPolicy | None = None
 
@@ -141,8 +150,10 @@ class FSDP2Strategy(PolicyVerbs, ModelParallelStrategy):
         layers = decoder_layers(policy)
         weights = [weight for layer in layers for weight in layer.parameters()]
         gathered_bytes = sum(own_numel(weight) * (narrow or weight.dtype).itemsize for weight in weights)
-        self._reshards = self._reshards_for(gathered_bytes)
-        policy.gathered_bytes = 0 if self._reshards else gathered_bytes
+        gradient_bytes = sum(4 * own_numel(weight) for weight in policy.network.parameters() if weight.requires_grad)
+        self._reshards = self._cuts(gathered_bytes, self.reshard_after_forward)
+        self._syncs = self._cuts(gathered_bytes + gradient_bytes, self.sync_every_microbatch)
+        policy.whole_bytes = (0 if self._reshards else gathered_bytes) + (0 if self._syncs else gradient_bytes)
         for layer in layers:
             fully_shard(
                 layer,
@@ -160,26 +171,27 @@ class FSDP2Strategy(PolicyVerbs, ModelParallelStrategy):
         policy.root = root
         return policy
 
-    def _reshards_for(self, gathered_bytes: int) -> bool:
-        """Whether layers are cut again after each forward, the same on every rank."""
-        if self.reshard_after_forward is not None or self.offload or self.root_device.type != "cuda":
-            return self.reshard_after_forward is not False
+    def _cuts(self, num_bytes: int, told: bool | None) -> bool:
+        """Whether something so large is cut again within a step, the same on every rank."""
+        if told is not None or self.offload or self.root_device.type != "cuda":
+            return told is not False
         memory = torch.cuda.get_device_properties(self.root_device).total_memory
-        return gathered_bytes * _SMALL > min(map(int, ranks.collect(str(memory))))
+        return num_bytes * _SMALL > min(map(int, ranks.collect(str(memory))))
 
     @contextmanager
     @override
     def block_backward_sync(self) -> Iterator[None]:
-        """Around a microbatch that is not the last of its step: after it the weights are still those of the next."""
-        if self._reshards:
-            yield
-            return
-        root = self._root()
-        root.set_reshard_after_backward(False)
+        """Around a microbatch that is not the last of its step: what stays whole is left so for the next."""
+        root = self._root() if not (self._reshards and self._syncs) else None
+        if root is not None:
+            root.set_reshard_after_backward(self._reshards)
+            root.set_requires_gradient_sync(self._syncs)
         try:
             yield
         finally:
-            root.set_reshard_after_backward(True)
+            if root is not None:
+                root.set_reshard_after_backward(True)
+                root.set_requires_gradient_sync(True)
 
     # -- whole weights for the embedded sampler -----------------------------------------------------------------
 

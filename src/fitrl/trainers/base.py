@@ -16,6 +16,7 @@ import torch
 
 from fitrl.data.batch import Feed
 from fitrl.data.groups import TrajectoryGroup
+from fitrl.data.host import by_one_thread
 from fitrl.data.join import join_groups
 from fitrl.data.samples import SampleSet, build_samples
 from fitrl.errors import (
@@ -96,7 +97,8 @@ class RLTrainer(SessionTrainer):
         self.open(model)
         if self.verbs.get_status().accumulated_microbatches:
             raise SessionError("gradients of forward_backward are waiting: call optim_step or clear_gradients first")
-        samples = self._read(join_groups(groups), settings)
+        with by_one_thread(self.strategy.root_device):
+            samples = self._read(join_groups(groups), settings)
         if not samples.full_support and not settings.precalculate_logprobs:
             raise DataError(
                 "tokens were sampled with top_p < 1 or top_k, so their logprobs are of another distribution than the "
@@ -130,7 +132,8 @@ class RLTrainer(SessionTrainer):
         module, device = session.module, self.strategy.root_device
         with session.lock:
             start = time.perf_counter()
-            plan = self._plan(samples, settings)
+            with by_one_thread(device):
+                plan = self._plan(samples, settings)
             self._check_max_steps(plan.num_steps)
             rate = settings.learning_rate * num_trajectories_factor(
                 samples.num_trajectories, settings.num_trajectories_learning_rate_multiplier_power
@@ -167,7 +170,7 @@ class RLTrainer(SessionTrainer):
                 try:
                     try:
                         made = [microbatch.build for microbatch in plan.microbatches]
-                        feed = Feed(made, pinned=self.strategy.root_device.type == "cuda")
+                        feed = Feed(made, device=self.strategy.root_device)
                         self._run_epoch(module, feed, accumulate=plan.accumulate)
                     finally:
                         if self.verbs.is_live:

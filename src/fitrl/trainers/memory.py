@@ -56,7 +56,7 @@ def _fits(module: PolicyModule, device: torch.device) -> int:
     free = torch.cuda.mem_get_info(device)[0] + (
         torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     )
-    free -= policy.gathered_bytes
+    free -= policy.whole_bytes
     trained = [parameter for parameter in policy.network.parameters() if parameter.requires_grad]
     free -= sum(own_numel(parameter) * parameter.itemsize for parameter in trained if parameter.grad is None)
     if not module.has_moments:

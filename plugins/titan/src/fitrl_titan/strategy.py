@@ -71,7 +71,7 @@ class TitanStrategy(FSDP2Strategy):
         for name, size in sizes.items():
             if size < 1:
                 raise InvalidArgumentError(f"{name} must be at least 1, got {size}")
-        for name in ("offload", "reshard_after_forward"):
+        for name in ("offload", "reshard_after_forward", "sync_every_microbatch"):
             if name in kwargs:
                 raise InvalidArgumentError(
                     f"{name}={kwargs[name]!r}: torchtitan's plans decide where weights lie; fitrl_fsdp2 takes it"
