@@ -124,10 +124,11 @@ def test_tool_calls_are_parsed_by_vllm_and_kept_as_they_were_sampled(calling, tm
             check_tool_use(messages, recording.trajectory(), sampler.tokenizer, calling)
 
 
-def test_full_weights_with_tied_embeddings(tied, tied_server, tmp_path) -> None:
+@pytest.mark.parametrize("transfer", ["folder", "memory"])
+def test_full_weights_with_tied_embeddings(transfer, tied, tied_server, tmp_path) -> None:
     model = model_of(tied, tmp_path)
     with (
-        VLLMSampler(model, tied_server, tolerance=1e-4) as sampler,
+        VLLMSampler(model, tied_server, tolerance=1e-4, transfer=transfer) as sampler,
         fitrl.LocalTrainer(**CPU, sampler=sampler) as trainer,
     ):
         rewards = learn(trainer, model, 8, 3e-3)

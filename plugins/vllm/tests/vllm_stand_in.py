@@ -20,6 +20,9 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fitrl_vllm.engine_side.fitrl_vllm_engine.channels import MemoryChannel
+from fitrl_vllm.engine_side.fitrl_vllm_engine.pieces import Assembly
+
 
 class StandIn:
     """Serves a folder's model on the loopback.
@@ -27,6 +30,8 @@ class StandIn:
     Attributes:
         keeps_old_weights: answers that it took new ones, and did not; as some engines do.
         tells_raw_logprobs: of the distribution before temperature, which is vLLM's default.
+        knows_transfer: has what `VLLMServer` adds, for weights without files.
+        fails_receiving: stops in the middle of these.
         holds: completions wait while it is cleared.
         drops: so many next completions end with the connection.
         requests: every path and body that was asked, in order.
@@ -41,6 +46,8 @@ class StandIn:
         self.adapter: Any = None
         self.keeps_old_weights = False
         self.tells_raw_logprobs = False
+        self.knows_transfer = True
+        self.fails_receiving = False
         self.holds = asyncio.Event()
         self.holds.set()
         self.drops = 0
@@ -54,7 +61,11 @@ class StandIn:
             "/v1/completions": self._completions,
             "/v1/chat/completions": self._chat,
             "/v1/load_lora_adapter": self._load_adapter,
-            "/collective_rpc": self._reload,
+            "/collective_rpc": self._rpc,
+            "/init_weight_transfer_engine": self._join,
+            "/start_weight_update": self._done,
+            "/update_weights": self._receive,
+            "/finish_weight_update": self._done,
             "/reset_prefix_cache": self._done,
             "/sleep": self._done,
             "/wake_up": self._done,
@@ -102,7 +113,11 @@ class StandIn:
             self.adapter = PeftModel.from_pretrained(base, body["lora_path"]).eval()
         return PlainTextResponse("Success")  # as vLLM: no JSON
 
-    async def _reload(self, body: Any) -> JSONResponse:
+    async def _rpc(self, body: Any) -> JSONResponse:
+        if body["method"] == "tell_of_weights":
+            if not self.knows_transfer:
+                return JSONResponse({"error": {"message": "no such method"}}, status_code=500)
+            return JSONResponse({"results": [{"dtype": "float64", "device": "cpu"}]})
         assert body["method"] == "reload_weights"
         if not self.keeps_old_weights:
             state: dict[str, Any] = {}
@@ -110,6 +125,29 @@ class StandIn:
                 state |= load_file(file)
             self.base.load_state_dict(state, strict=False)
         return JSONResponse({"results": [None]})
+
+    async def _join(self, body: Any) -> JSONResponse:
+        self._channel = MemoryChannel(body["init_info"]["socket"], torch.device("cpu"))
+        return JSONResponse({})
+
+    async def _receive(self, body: Any) -> JSONResponse:
+        def read() -> dict[str, Any]:
+            assembly = Assembly(torch.device("cpu"))
+            state = {}
+            for table, buffer in self._channel:
+                state |= dict(assembly.take(table, buffer))
+                if self.fails_receiving:
+                    raise MemoryError
+            return state
+
+        assert body == {"update_info": {}}
+        try:
+            state = await asyncio.to_thread(read)
+        except MemoryError:
+            return JSONResponse({"error": {"message": "out of memory"}}, status_code=500)
+        if not self.keeps_old_weights:
+            self.base.load_state_dict(state, strict=False)
+        return JSONResponse({})
 
     @torch.no_grad()
     def _logits(self, model: str, ids: list[int]) -> torch.Tensor:

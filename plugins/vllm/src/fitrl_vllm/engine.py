@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 ADAPTER = "policy"
 """The name of the trained adapter on the engine."""
@@ -67,6 +67,16 @@ class Engine(Protocol):
 
     async def load_weights(self, folder: Path) -> None:
         """Take a folder's weights in place of the ones before."""
+
+    async def tell_of_weights(self) -> list[dict[str, str]]:
+        """Of each of its workers: "dtype" and "device", a kind, of the weights."""
+
+    async def receive(self, init_info: dict[str, Any] | None) -> None:
+        """Take all weights from a `fitrl_vllm.transfer.Sender` in place of the ones before.
+
+        Args:
+            init_info: what workers are initialized with first; None: they are already.
+        """
 
     async def sleep(self) -> None:
         """Give the device's memory to a trainer that shares it."""

@@ -16,7 +16,8 @@ from fitrl_vllm.errors import EngineDiedError, EngineError, EngineTimeoutError
 from fitrl_vllm.server import VLLMServer
 
 RELOAD = "reload_weights_of_all_layers"
-"""What `fitrl_vllm_worker` adds to the engine's workers."""
+TELL = "tell_of_weights"
+"""What `fitrl_vllm_engine.worker` adds to the engine's workers."""
 
 _DEAD = "EngineCore"  # the server still answers when its engine is gone: with status 500, and this name
 
@@ -95,6 +96,31 @@ class ServerEngine:
         """Load them by each worker, and forget the prompts that were computed with others."""
         method = RELOAD if self._server is not None else "reload_weights"
         await self.post("/collective_rpc", {"method": method, "kwargs": {"weights_path": str(folder)}})
+        await self._forget_prompts()
+
+    async def tell_of_weights(self) -> list[dict[str, str]]:
+        """Asked of what `fitrl_vllm_engine` adds to the workers."""
+        try:
+            told: list[dict[str, str]] = (await self.post("/collective_rpc", {"method": TELL}))["results"]
+        except EngineDiedError:
+            raise
+        except EngineError as error:
+            raise EngineError(
+                "the engine does not know how weights come without files: let VLLMServer start it, or take "
+                f"transfer='folder'. {error}"
+            ) from error
+        return told
+
+    async def receive(self, init_info: dict[str, Any] | None) -> None:
+        """By vLLM's weight-transfer API."""
+        if init_info is not None:
+            await self.post("/init_weight_transfer_engine", {"init_info": init_info})
+        await self.post("/start_weight_update", None)
+        await self.post("/update_weights", {"update_info": {}})
+        await self.post("/finish_weight_update", {})
+        await self._forget_prompts()
+
+    async def _forget_prompts(self) -> None:
         answer = await self.post("/reset_prefix_cache", None)
         if not answer.get("success", True):
             raise EngineError(f"{self._url} could not forget the prompts it computed with the old weights: {answer}")

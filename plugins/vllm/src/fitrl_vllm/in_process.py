@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from fitrl.errors import InvalidArgumentError
 from fitrl_vllm.engine import ADAPTER, Answer, Request
@@ -31,8 +31,15 @@ class InProcessEngine:
     Nobody else may generate with it meanwhile: it has one queue of answers.
 
     Args:
-        llm: made with `logprobs_mode="processed_logprobs"`, and `enable_lora=True` for adapters.
+        llm: made with `logprobs_mode="processed_logprobs"`, `enable_lora=True` for adapters, and `**TRANSFER`
+            for weights that come without files.
     """
+
+    TRANSFER: ClassVar[dict[str, Any]] = {
+        "worker_extension_cls": "fitrl_vllm.engine_side.fitrl_vllm_engine.worker.Worker",
+        "weight_transfer_config": {"backend": "fitrl"},
+    }
+    """Arguments of `vllm.LLM`, for `VLLMSampler(transfer="memory")` or `"nccl"`."""
 
     def __init__(self, llm: Any) -> None:
         self._llm = llm
@@ -98,9 +105,36 @@ class InProcessEngine:
     async def load_weights(self, folder: Path) -> None:
         """Load them, and forget the prompts that were computed with others."""
         async with self._turn:
-            await asyncio.to_thread(self._llm.collective_rpc, "reload_weights", kwargs={"weights_path": str(folder)})
-            if not await asyncio.to_thread(self._llm.reset_prefix_cache):
-                raise EngineError("vLLM could not forget the prompts it computed with the old weights")
+            await self._rpc("reload_weights", weights_path=str(folder))
+            await self._forget_prompts()
+
+    async def tell_of_weights(self) -> list[dict[str, str]]:
+        """Asked of what `TRANSFER` adds to the workers."""
+        try:
+            return await self._rpc("tell_of_weights")
+        except Exception as error:
+            raise EngineError(
+                f"vllm.LLM(...) takes weights without files only if made with **InProcessEngine.TRANSFER: {error}"
+            ) from error
+
+    async def receive(self, init_info: dict[str, Any] | None) -> None:
+        """By vLLM's weight-transfer API."""
+        async with self._turn:
+            if init_info is not None:
+                await self._rpc("init_weight_transfer_engine", init_info=init_info)
+            await self._rpc("start_weight_update")
+            await self._rpc("update_weights", update_info={})
+            await self._rpc("finish_weight_update")
+            await self._forget_prompts()
+
+    async def _forget_prompts(self) -> None:
+        if not await asyncio.to_thread(self._llm.reset_prefix_cache):
+            raise EngineError("vLLM could not forget the prompts it computed with the old weights")
+
+    async def _rpc(self, method: str, **arguments: Any) -> list[Any]:
+        """What each worker answers."""
+        answers: list[Any] = await asyncio.to_thread(self._llm.collective_rpc, method, kwargs=arguments)
+        return answers
 
     async def sleep(self) -> None:
         """Level 1: weights to the host's memory, cached prompts dropped."""

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from fitrl_vllm.errors import EngineDiedError, EngineError, StaleWeightsError
 from fitrl_vllm.http import ServerEngine
 from fitrl_vllm.probe import Probe, must_have_stayed
 from fitrl_vllm.server import VLLMServer
+from fitrl_vllm.transfer import Way, sender_of
 from fitrl_vllm.turns import Turns
 from fitrl_vllm.weights import remove, write_adapter, write_model
 
@@ -45,12 +46,14 @@ class _Served:
     """Weights that the engine was handed.
 
     Attributes:
-        folder: where they were written; a restarted engine takes them from there.
+        folder: where they were written; a restarted engine takes them from there. None: they came without files.
+        version: of the policy.
         trainers: [T - 1] float32 logprobs of the probe, by the trainer; None: it was not asked, or did not say yet.
         engines: the same, by the engine; None until it was proven.
     """
 
-    folder: Path
+    folder: Path | None
+    version: int
     trainers: Tensor | None = None
     engines: Tensor | None = None
 
@@ -58,7 +61,8 @@ class _Served:
 class VLLMSampler:
     """Sample with vLLM; `LocalTrainer(sampler=VLLMSampler(...))` keeps it at the trainer's weights.
 
-    Adapters are exchanged in place. Full weights are written to a folder in buckets, which the engine loads.
+    Adapters are exchanged in place. Full weights are written to a folder in buckets, which the engine loads, or come in
+    buckets from memory to memory.
     After each exchange the logprobs of a fixed text are compared with the trainer's, because engines have been seen to
     accept weights and keep old ones: `version` changes only if they agree. Until then, and after an exchange that
     failed, nothing is sampled.
@@ -72,12 +76,17 @@ class VLLMSampler:
         timeout_s: longest wait for one answer of a server, and of an exchange for completions under way.
         tolerance: most that trainer and engine may differ in the mean over the probe's tokens, in nats. 0.05 fits
             bfloat16; float32 on both sides agrees to 1e-4.
+        transfer: how all weights come to the engine. "folder" works with any engine that sees `transfer_dir`, and one
+            that dies is started again with the newest weights from there. "memory": by memory that the engine opens, of
+            the trainer's GPU (CUDA IPC) or on CPUs of a file; both have to be on one machine. "nccl": between GPUs, of
+            any machines. Without files an engine that dies takes the weights along: completions are refused then until
+            newer ones are handed over. Adapters are small, and go by folder.
         transfer_dir: where weights are handed over: the engine has to see the same folder. None: a temporary one. One
             in memory (`/dev/shm`) spares the disk; the system holds what was just written in memory anyway.
         api_key: of the server.
 
     Raises:
-        InvalidArgumentError: an argument out of range.
+        InvalidArgumentError: an argument out of range, or a transfer that adapters do not have.
     """
 
     def __init__(
@@ -87,6 +96,7 @@ class VLLMSampler:
         *,
         timeout_s: float = 600.0,
         tolerance: float = 0.05,
+        transfer: Way = "folder",
         transfer_dir: str | Path | None = None,
         api_key: str | None = None,
     ) -> None:
@@ -95,6 +105,12 @@ class VLLMSampler:
                 raise InvalidArgumentError(f"{name} must be a positive number, got {value}")
         if api_key is not None and not isinstance(engine, str | VLLMServer):
             raise InvalidArgumentError("api_key is a server's; an engine in this process has none")
+        if transfer not in get_args(Way):
+            raise InvalidArgumentError(f"transfer must be one of {', '.join(get_args(Way))}, got {transfer!r}")
+        if model.lora is not None and transfer != "folder":
+            raise InvalidArgumentError(
+                f"transfer={transfer!r} is for all weights, and adapters are trained: leave it out"
+            )
         self.model = model
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(model.base_model)
         self.timeout_s = timeout_s
@@ -105,6 +121,7 @@ class VLLMSampler:
         )
         self._probe = Probe(self.tokenizer, tolerance)
         self._folders = tempfile.TemporaryDirectory(prefix="fitrl-vllm-", dir=transfer_dir)
+        self._sender = sender_of(transfer)
         self._version = 0
         self._served: _Served | None = None
         self._broken: str | None = None
@@ -189,6 +206,8 @@ class VLLMSampler:
         """End the thread and close connections; a server stays, whoever started it ends it."""
         self._closed = True
         self._loop.close(self.engine.aclose)
+        if self._sender is not None:
+            self._sender.close()
         self._folders.cleanup()
 
     def __enter__(self) -> Self:
@@ -278,8 +297,7 @@ class VLLMSampler:
                     if not await self.engine.revive(is_dead=error.is_certain):
                         raise EngineError(f"the engine is gone: {error}") from error
                     if self._served is not None:
-                        await self._load(self._served.folder)
-                        self._probe.compare(self._served.trainers, await self._said())
+                        await self._load_again(self._served)
                 except EngineDiedError:
                     await asyncio.sleep(_PAUSE_S)  # it was about to die; the next request finds it dead
                 except StaleWeightsError as stale:
@@ -290,6 +308,15 @@ class VLLMSampler:
             elif self._broken is not None:  # another request has seen to it
                 raise StaleWeightsError(self._broken)
 
+    async def _load_again(self, served: _Served) -> None:
+        if served.folder is None:
+            raise StaleWeightsError(
+                f"the engine died and was started again, version {served.version} of the weights came without files "
+                "and is gone: hand over newer ones, which fit_rl does, or take transfer='folder'"
+            )
+        await self._load(served.folder)
+        self._probe.compare(served.trainers, await self._said())
+
     # -- weights ------------------------------------------------------------------------------------------------
 
     @property
@@ -299,35 +326,39 @@ class VLLMSampler:
 
     def _exchange(self, weights: Iterable[tuple[str, Tensor]], version: int, score: Score | None) -> None:
         self._refuse_if_closed()
-        here = Path(self._folders.name) / f"{version:06d}-{secrets.token_hex(4)}"
-        folder = Path(ranks.first(lambda: str(here)))
+        folder: Path | None = None
+        if self._sender is None:
+            here = Path(self._folders.name) / f"{version:06d}-{secrets.token_hex(4)}"
+            folder = Path(ranks.first(lambda: str(here)))
+        served = _Served(folder=folder, version=version)
+        trainers: Future[Tensor | None] = Future()
+        taking: Future[None] | None = None
         failure: Exception | None = None
         try:
             if ranks.rank() == 0:
-                self._write(folder, weights)
+                if folder is not None:
+                    self._write(folder, weights)
+                taking = self._loop.spawn(self._take(served, trainers))
+                if self._sender is not None:
+                    self._sender.send(weights, _check(taking))
         except Exception as error:
             failure = error
         for _ in weights:  # a collective: every rank drains it, whatever happened to the first
             pass
-        trainers: Future[Tensor | None] = Future()
-        takes = ranks.rank() == 0 and failure is None
-        taking = self._loop.spawn(self._take(folder, trainers, version)) if takes else None
         try:
             # the trainer is asked while the engine loads
             trainers.set_result(score(self._probe.token_ids).float().cpu() if score is not None else None)
-            if taking is not None:
+            if taking is not None and failure is None:
                 taking.result()
         except Exception as error:
-            failure = error
-            if taking is not None:
+            failure = failure or error
+        finally:
+            if taking is not None:  # also after Ctrl-C
                 taking.cancel()
-        except BaseException:  # Ctrl-C
-            if taking is not None:
-                taking.cancel()
-            raise
         ranks.settle(failure)
         if ranks.rank() != 0:
-            self._served = _Served(folder=folder, trainers=trainers.result())  # the first one's engine is everyone's
+            served.trainers = trainers.result()
+            self._served = served  # the first one's engine is everyone's
         self._version = version
 
     def _write(self, folder: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -336,7 +367,7 @@ class VLLMSampler:
         else:
             write_model(folder, weights)
 
-    async def _take(self, folder: Path, trainers: Future[Tensor | None], version: int) -> None:
+    async def _take(self, served: _Served, trainers: Future[Tensor | None]) -> None:
         """Load weights while nothing is sampled, and prove them; they are the newest then."""
         self._turns.close()
         before = self._served
@@ -345,20 +376,32 @@ class VLLMSampler:
                 await self.engine.wake()
                 self._asleep = False
             await self._turns.idle(self.timeout_s)
-            self._broken = f"version {version} of the weights was handed over and not proven; hand over newer ones"
-            self._served = _Served(folder=folder)  # for an engine that dies on it
-            loading = self.surviving(lambda: self._load(folder))
-            await asyncio.gather(loading, asyncio.to_thread(_forget, before))
-            self._served.trainers = await asyncio.wrap_future(trainers)
+            self._broken = (
+                f"version {served.version} of the weights was handed over and not proven; hand over newer ones"
+            )
+            await self._put_in_place(served, before)
+            served.trainers = await asyncio.wrap_future(trainers)
             said = await self.surviving(self._said)
             if before is not None and before.engines is not None and torch.equal(said, before.engines):
-                must_have_stayed(before.trainers, self._served.trainers, version)
-            self._probe.compare(self._served.trainers, said)
-            self._served.engines = said
+                must_have_stayed(before.trainers, served.trainers, served.version)
+            self._probe.compare(served.trainers, said)
+            served.engines = said
             self._broken = None
-            self._version = version
+            self._version = served.version
         finally:
             self._turns.open()
+
+    async def _put_in_place(self, served: _Served, before: _Served | None) -> None:
+        if self._sender is None:
+            assert served.folder is not None
+            folder = served.folder
+            self._served = served  # for an engine that dies on it
+            await asyncio.gather(self.surviving(lambda: self._load(folder)), asyncio.to_thread(_forget, before))
+            return
+        self._served = None  # an engine that has died meanwhile is started again, and needs no old ones
+        workers = await self.surviving(self.engine.tell_of_weights)
+        self._served = served
+        await self.engine.receive(self._sender.prepare(workers, self._revivals))
 
     async def _load(self, folder: Path) -> None:
         if self.model.lora is not None:
@@ -382,5 +425,16 @@ class VLLMSampler:
 
 
 def _forget(served: _Served | None) -> None:
-    if served is not None:
+    if served is not None and served.folder is not None:
         remove(served.folder)
+
+
+def _check(taking: Future[None]) -> Callable[[], None]:
+    """What raises once the engine is not taking weights any more."""
+
+    def check() -> None:
+        if taking.done():
+            taking.result()
+            raise EngineError("the engine ended before all weights had come")
+
+    return check

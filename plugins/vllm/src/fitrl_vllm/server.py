@@ -28,6 +28,7 @@ _TAKEN = [
     "--port",
     "--logprobs-mode",
     "--worker-extension-cls",
+    "--weight-transfer-config",
     "--enable-lora",
     "--max-lora-rank",
     "--served-model-name",
@@ -87,9 +88,9 @@ class VLLMServer:
             *("--model", str(base_model), "--served-model-name", "base"),
             *("--host", "127.0.0.1", "--port", str(self.port)),
             *("--logprobs-mode", "processed_logprobs"),
-            *("--worker-extension-cls", "fitrl_vllm_worker.Worker"),
+            *("--worker-extension-cls", "fitrl_vllm_engine.worker.Worker"),
             *(
-                []
+                ["--weight-transfer-config", '{"backend": "fitrl"}']
                 if lora is None
                 else ["--enable-lora", "--max-lora-rank", str(min(r for r in _RANKS if r >= lora.rank))]
             ),

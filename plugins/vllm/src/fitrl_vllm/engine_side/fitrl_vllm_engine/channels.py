@@ -1,0 +1,123 @@
+"""Two ways for buckets to come from a trainer: memory that it shares, and NCCL.
+
+What tells of a bucket is JSON; nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+from torch.multiprocessing import reductions
+
+from .nccl import Communicator
+from .pieces import Piece
+
+HEADER_BYTES = 1 << 17
+MOST_PIECES = 512  # of a bucket, so that its table fits into a header
+
+_reductions: Any = reductions  # which have no types
+Bucket = tuple[list[Piece], Tensor]
+
+
+class MemoryChannel:
+    """Buckets in memory of the trainer's: a file of this machine, or a GPU's memory, which this process opens too.
+
+    They are told of over a Unix socket, and given back there once they are read.
+
+    Args:
+        path: of the socket.
+        device: of the engine.
+    """
+
+    def __init__(self, path: str, device: torch.device) -> None:
+        self._path, self._device = path, device
+
+    def __iter__(self) -> Iterator[Bucket]:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(self._path)
+            with connection.makefile("rb") as lines:
+                buffers = [_open(shared, self._device) for shared in _read(lines)]
+                while (told := _read(lines)) is not None:
+                    yield [Piece(*row) for row in told["table"]], buffers[told["buffer"]]
+                    if self._device.type == "cuda":
+                        torch.cuda.current_stream(self._device).synchronize()
+                    with suppress(BrokenPipeError):  # which the next line tells of
+                        connection.sendall(b"\n")  # it may be filled again
+
+
+def _read(lines: BinaryIO) -> Any:
+    try:
+        line = lines.readline()
+    except ConnectionResetError:
+        line = b""
+    if not line:
+        raise RuntimeError("the trainer ended before all weights had come")
+    return json.loads(line)
+
+
+def share(buffer: Tensor, path: str) -> dict[str, Any]:
+    """What another process opens a buffer [N] uint8 by: on a CPU the file that it lies in; once for each reader."""
+    if buffer.device.type != "cuda":
+        return {"file": path, "size": len(buffer)}
+    _, arguments = _reductions.reduce_tensor(buffer)
+    *_, device, handle, size, offset, _, counter, counter_offset, event, waits = arguments
+    return {
+        "gpu": str(torch.cuda.get_device_properties(device).uuid),
+        "numbers": [len(buffer), buffer.storage_offset(), size, offset, counter_offset, waits],
+        "handles": [part.hex() for part in (handle, counter, event)],
+    }
+
+
+def _open(shared: dict[str, Any], device: torch.device) -> Tensor:
+    if "file" in shared:
+        return torch.from_file(shared["file"], shared=True, size=shared["size"], dtype=torch.uint8)
+    gpus = [str(torch.cuda.get_device_properties(index).uuid) for index in range(torch.cuda.device_count())]
+    if shared["gpu"] not in gpus:
+        raise RuntimeError(
+            f"the trainer's weights are on GPU {shared['gpu']}, which this worker of the engine does not see "
+            f"({', '.join(gpus)}): take transfer='nccl'"
+        )
+    length, start, size, offset, counter_offset, waits = shared["numbers"]
+    handle, counter, event = map(bytes.fromhex, shared["handles"])
+    opened: Tensor = _reductions.rebuild_cuda_tensor(
+        *(Tensor, (length,), (1,), start, torch.UntypedStorage, torch.uint8, gpus.index(shared["gpu"])),
+        *(handle, size, offset, False, counter, counter_offset, event, waits),
+    )
+    return opened
+
+
+class NcclChannel:
+    """Buckets by broadcast: a header of a fixed size, then as many bytes as it says.
+
+    Args:
+        communicator: whose rank 0 the trainer is.
+        device: of the engine.
+    """
+
+    def __init__(self, communicator: Communicator, device: torch.device) -> None:
+        self._communicator, self._device = communicator, device
+
+    def __iter__(self) -> Iterator[Bucket]:
+        header = torch.empty(HEADER_BYTES, dtype=torch.uint8, device=self._device)
+        buffer = header[:0]
+        while True:
+            self._communicator.broadcast(header)
+            told = json.loads(bytes(header.cpu().numpy()))
+            if told is None:
+                return
+            if told["size"] > len(buffer):
+                buffer = torch.empty(told["size"], dtype=torch.uint8, device=self._device)
+            self._communicator.broadcast(buffer[: told["size"]])
+            yield [Piece(*row) for row in told["table"]], buffer
+
+
+def header_of(table: list[Piece] | None, size: int = 0) -> bytes:
+    """What is broadcast before a bucket; of None: that there is none any more."""
+    told = None if table is None else {"table": table, "size": size}
+    return json.dumps(told).encode().ljust(HEADER_BYTES)

@@ -1,0 +1,302 @@
+"""From a trainer's named weights to an engine without files: bucket by bucket, while the engine loads.
+
+The engine's side is `engine_side/fitrl_vllm_engine`: a backend of vLLM's weight-transfer API.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from fitrl.errors import UnsupportedError
+from fitrl_vllm.engine_side.fitrl_vllm_engine.channels import HEADER_BYTES, MOST_PIECES, header_of, share
+from fitrl_vllm.engine_side.fitrl_vllm_engine.nccl import Communicator, unique_id
+from fitrl_vllm.engine_side.fitrl_vllm_engine.pieces import fill
+
+Way = Literal["folder", "memory", "nccl"]
+"""How all weights come to an engine."""
+
+BUCKET_BYTES = 1 << 28
+"""Size of a buffer; there are two, so that one is filled while the other is read."""
+
+_ASK_S = 0.05
+_ASK_OFTEN_S = 1e-4
+_BUFFERS = 2
+
+
+class Sender(Protocol):
+    """The trainer's side of a transfer.
+
+    For each transfer `prepare` is called where requests are made, and `send` on the trainer's thread, while the engine
+    is asked to receive.
+    """
+
+    def prepare(self, workers: Sequence[Mapping[str, str]], num_starts: int) -> dict[str, Any] | None:
+        """What the engine's workers are initialized with; None: they are already.
+
+        Args:
+            workers: what each of them tells of its weights.
+            num_starts: how often the engine was started.
+        """
+
+    def send(self, weights: Iterable[tuple[str, Tensor]], check: Callable[[], None]) -> None:
+        """Send weights.
+
+        Args:
+            weights: each is copied before the next is asked for.
+            check: raises once the engine does not receive any more.
+        """
+
+    def close(self) -> None:
+        """Free what is kept between transfers."""
+
+
+def sender_of(way: Way, bucket_bytes: int = BUCKET_BYTES) -> Sender | None:
+    """What sends that way; None: files do."""
+    if way == "folder":
+        return None
+    return MemorySender(bucket_bytes) if way == "memory" else NcclSender(bucket_bytes)
+
+
+class MemorySender:
+    """Buckets in memory that the engine opens: a GPU's (CUDA IPC), or for an engine on a CPU a mapped file's.
+
+    Trainer and engine are on one machine, and on a GPU the engine has to see the trainer's device.
+
+    Args:
+        bucket_bytes: of each of two buffers.
+    """
+
+    def __init__(self, bucket_bytes: int = BUCKET_BYTES) -> None:
+        self._bucket_bytes = bucket_bytes
+        self._folder = tempfile.TemporaryDirectory(prefix="fitrl-")  # nobody else may look into it
+        self._path = str(Path(self._folder.name) / "socket")
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(self._path)
+        self._listener.listen()
+        self._listener.settimeout(_ASK_S)
+        self._prepared: Future[Sequence[Mapping[str, str]]] = Future()
+
+    def prepare(self, workers: Sequence[Mapping[str, str]], num_starts: int) -> dict[str, Any]:
+        """See `Sender`."""
+        self._prepared.set_result(workers)
+        return {"socket": self._path}
+
+    def send(self, weights: Iterable[tuple[str, Tensor]], check: Callable[[], None]) -> None:
+        """See `Sender`."""
+        try:
+            workers = _result(self._prepared, check)
+            with ExitStack() as opened:
+                connections = [opened.enter_context(self._accept(check)) for _ in workers]
+                device = _device_for(workers)
+                files = [str(Path(self._folder.name) / str(number)) for number in range(_BUFFERS)]
+                buffers = [self._buffer(file, device) for file in files]
+                for connection in connections:
+                    shared = [share(buffer, file) for buffer, file in zip(buffers, files, strict=True)]
+                    connection.sendall(_line(shared))
+
+                def free() -> Iterator[Tensor]:
+                    for number in itertools.count():
+                        if number >= _BUFFERS:
+                            _given_back(connections, check)
+                        yield buffers[number % _BUFFERS]
+
+                sent = 0
+                for table, _ in fill(weights, free(), _dtype_of(workers), MOST_PIECES):
+                    if device.type == "cuda":
+                        torch.cuda.current_stream(device).synchronize()
+                    for connection in connections:
+                        connection.sendall(_line({"table": table, "buffer": sent % _BUFFERS}))
+                    sent += 1
+                for _ in range(min(sent, _BUFFERS)):
+                    _given_back(connections, check)
+                for connection in connections:
+                    connection.sendall(_line(None))
+        finally:
+            self._prepared = Future()
+
+    def close(self) -> None:
+        """See `Sender`."""
+        self._listener.close()
+        self._folder.cleanup()
+
+    @contextmanager
+    def _accept(self, check: Callable[[], None]) -> Iterator[socket.socket]:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except TimeoutError:
+                check()
+                continue
+            with connection:
+                connection.settimeout(_ASK_S)
+                yield connection
+            return
+
+    def _buffer(self, file: str, device: torch.device) -> Tensor:
+        if device.type == "cuda":
+            return torch.empty(self._bucket_bytes, dtype=torch.uint8, device=device)
+        return torch.from_file(file, shared=True, size=self._bucket_bytes, dtype=torch.uint8)
+
+
+def _given_back(connections: Sequence[socket.socket], check: Callable[[], None]) -> None:
+    """Wait until every worker has read one more bucket."""
+    for connection in connections:
+        while True:
+            try:
+                if connection.recv(1):
+                    break
+                time.sleep(_ASK_S)  # it has failed, and is about to say why
+            except TimeoutError:
+                pass
+            check()
+
+
+class NcclSender:
+    """Buckets by NCCL's broadcast, between GPUs of any machines; the trainer is its rank 0.
+
+    Args:
+        bucket_bytes: of each of two buffers.
+    """
+
+    def __init__(self, bucket_bytes: int = BUCKET_BYTES) -> None:
+        self._bucket_bytes = bucket_bytes
+        self._communicator: Communicator | None = None
+        self._num_starts = 0
+        self._id: str | None = None
+        self._prepared: Future[Sequence[Mapping[str, str]]] = Future()
+
+    def prepare(self, workers: Sequence[Mapping[str, str]], num_starts: int) -> dict[str, Any] | None:
+        """See `Sender`."""
+        if self._communicator is not None and self._num_starts != num_starts:
+            self.close()
+        self._num_starts = num_starts
+        self._id = unique_id() if self._communicator is None else None
+        self._prepared.set_result(workers)
+        return None if self._id is None else {"unique_id": self._id, "num_processes": 1 + len(workers)}
+
+    def send(self, weights: Iterable[tuple[str, Tensor]], check: Callable[[], None]) -> None:
+        """See `Sender`."""
+        try:
+            workers = _result(self._prepared, check)
+            if _device_for(workers).type != "cuda":
+                raise UnsupportedError("transfer='nccl' needs an engine on GPUs; take 'memory', or 'folder'")
+            if self._communicator is None:
+                self._communicator = self._join(1 + len(workers), check)
+            self._broadcast(self._communicator, weights, _dtype_of(workers), check)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            self._prepared = Future()
+
+    def close(self) -> None:
+        """See `Sender`."""
+        communicator, self._communicator = self._communicator, None
+        if communicator is not None:
+            communicator.abort()
+
+    def _join(self, size: int, check: Callable[[], None]) -> Communicator:
+        """Wait in a thread until the workers have come, because there it cannot be given up."""
+        assert self._id is not None
+        known, device, joined = self._id, torch.cuda.current_device(), Future[Communicator]()
+
+        def join() -> None:
+            try:
+                torch.cuda.set_device(device)
+                joined.set_result(Communicator(known, size, 0))
+            except Exception as error:
+                joined.set_exception(error)
+
+        threading.Thread(target=join, name="fitrl-nccl", daemon=True).start()
+        communicator: Communicator = _result(joined, check)
+        return communicator
+
+    def _broadcast(
+        self,
+        communicator: Communicator,
+        weights: Iterable[tuple[str, Tensor]],
+        dtype: torch.dtype,
+        check: Callable[[], None],
+    ) -> None:
+        cuda: Any = torch.cuda  # parts of which have no types
+        filling, sending = cuda.current_stream(), cuda.Stream()
+        buffers = [torch.empty(self._bucket_bytes, dtype=torch.uint8, device="cuda") for _ in range(_BUFFERS)]
+        headers = [torch.empty(HEADER_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(_BUFFERS)]
+        header = torch.empty(HEADER_BYTES, dtype=torch.uint8, device="cuda")
+        sent = [cuda.Event() for _ in range(_BUFFERS)]
+        numbers = itertools.count()
+
+        def send(number: int, told: bytes, data: Tensor | None) -> None:
+            place = number % _BUFFERS
+            headers[place].copy_(torch.frombuffer(bytearray(told), dtype=torch.uint8))
+            sending.wait_stream(filling)
+            with cuda.stream(sending):
+                header.copy_(headers[place], non_blocking=True)
+                communicator.broadcast(header)
+                if data is not None:
+                    communicator.broadcast(data)
+                sent[place].record(sending)
+
+        def free() -> Iterator[Tensor]:
+            for number in itertools.count():
+                _wait_for(sent[number % _BUFFERS], check)
+                yield buffers[number % _BUFFERS]
+
+        try:
+            for table, size in fill(weights, free(), dtype, MOST_PIECES):
+                number = next(numbers)
+                send(number, header_of(table, size), buffers[number % _BUFFERS][:size])
+        finally:
+            number = next(numbers)
+            _wait_for(sent[number % _BUFFERS], check)
+            send(number, header_of(None), None)  # also where there are no more weights to be had: the engine waits
+            for event in sent:
+                _wait_for(event, check)
+
+
+def _wait_for(event: Any, check: Callable[[], None]) -> None:
+    while not event.query():
+        check()
+        time.sleep(_ASK_OFTEN_S)
+
+
+def _result(future: Future[Any], check: Callable[[], None]) -> Any:
+    while True:
+        try:
+            return future.result(_ASK_S)
+        except TimeoutError:
+            if future.done():
+                raise
+            check()
+
+
+def _device_for(workers: Sequence[Mapping[str, str]]) -> torch.device:
+    """Where buckets are filled: on the trainer's GPU for engines on GPUs."""
+    if workers[0]["device"] != "cuda":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UnsupportedError("the engine is on a GPU, the trainer is not: take transfer='folder'")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _dtype_of(workers: Sequence[Mapping[str, str]]) -> torch.dtype:
+    """In which type the engine holds weights; they are sent so, which rounds them as its own load would."""
+    dtype: torch.dtype = getattr(torch, workers[0]["dtype"])
+    return dtype
+
+
+def _line(told: Any) -> bytes:
+    return json.dumps(told).encode() + b"\n"
