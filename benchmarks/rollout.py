@@ -5,15 +5,15 @@ Before anything is timed, the sampler's token ids have to be the bare engine's, 
 * tokens/s: the same prompts by `VLLMSampler.sample`, and to the engine itself (its HTTP API; `LLM.generate` in this
   process), by turns. A server is reached by its URL, and as one that we started and watch over.
 * exchange: what `fit_rl` waits for after a step, from the trainer's weights to the proof that they answer. The transfer
-  ends when the engine has loaded them; its limit is to write as many bytes to a file of the same folder, and to read
-  them. The trainer's part of the proof, a forward of 64 tokens, is computed while the engine loads; the rest is waited
-  for.
+  ends when the engine has loaded them; its limit, by folder, is to write as many bytes to a file of the same folder and
+  to read them; from memory to memory, and by NCCL, to copy as many bytes from device to device. The trainer's part of
+  the proof, a forward of 64 tokens, is computed while the engine loads; the rest is waited for.
 
 It runs where vLLM is installed, or with `--python` of such an environment, then without the engine in this process. The
 default model has random weights, as many as `--megabytes` says; whether it is computed on a GPU is the engine's choice.
 
     python benchmarks/rollout.py [--model DIR | --megabytes 100] [--only tokens full lora inside] [--runs 7]
-        [--arguments="--dtype float32"] [--output benchmarks/results]
+        [--transfer folder memory nccl] [--engine-gpu 1] [--arguments="--dtype float32"] [--output benchmarks/results]
 """
 
 from __future__ import annotations
@@ -187,7 +187,8 @@ class TimedSampler(VLLMSampler):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.exchanges: list[dict[str, float]] = []
-        for name, part in (("load_weights", "load_s"), ("load_adapter", "load_s"), ("score", "engine_score_s")):
+        loads = ("load_weights", "load_adapter", "receive")
+        for name, part in (*((name, "load_s") for name in loads), ("score", "engine_score_s")):
             setattr(self.engine, name, self._timed(getattr(self.engine, name), part))
 
     def _timed(self, ask: Callable[..., Awaitable[Any]], part: str) -> Callable[..., Awaitable[Any]]:
@@ -203,12 +204,13 @@ class TimedSampler(VLLMSampler):
 
     def update_proven(self, weights: Iterable[tuple[str, Tensor]], version: int, score: Any) -> None:
         """Time the exchange, and its parts."""
-        held: dict[str, float] = {"bytes": 0.0}
+        held: dict[str, float] = {"bytes": 0.0}  # that are handed over
+        narrow = 2 if ON_GPU and self._sender is not None else 4  # of a number, as the engine holds it or as it is
         self.exchanges.append(held)
 
         def counted() -> Iterator[tuple[str, Tensor]]:
             for name, tensor in weights:
-                held["bytes"] += tensor.nbytes
+                held["bytes"] += narrow * tensor.numel()
                 yield name, tensor
 
         def timed_score(token_ids: Sequence[int]) -> Tensor:
@@ -248,7 +250,22 @@ def copy_s(size: int, folder: Path, runs: int) -> float:
     return statistics.median(found)
 
 
-def exchanges(sampler: TimedSampler, runs: int, folder: Path) -> dict[str, Any]:
+def device_copy_s(size: int, runs: int, engine_gpu: int) -> float:
+    """Median seconds to copy so many bytes from the trainer's device to the engine's."""
+    source = torch.randint(256, (size,), dtype=torch.uint8, device="cuda" if ON_GPU else "cpu")
+    target = torch.empty_like(source, device=f"cuda:{engine_gpu}" if ON_GPU else "cpu")
+    found = []
+    for _ in range(runs + 1):
+        start = time.perf_counter()
+        target.copy_(source)
+        if ON_GPU:
+            torch.cuda.synchronize(target.device)
+            torch.cuda.synchronize(source.device)
+        found.append(time.perf_counter() - start)
+    return statistics.median(found[1:])
+
+
+def exchanges(sampler: TimedSampler, runs: int, limit_of: Callable[[int], float]) -> dict[str, Any]:
     """Train, and see what each step's exchange took; every one is proven by the sampler."""
     with fitrl.LocalTrainer(
         devices=1, precision=PRECISION, sampler=sampler, enable_model_summary=False, accelerator="auto"
@@ -262,7 +279,7 @@ def exchanges(sampler: TimedSampler, runs: int, folder: Path) -> dict[str, Any]:
     counted = sampler.exchanges[2:]  # the first is that of opening, the second after the first step
     size = int(counted[0]["bytes"])
     found = {name: statistics.median(held[name] for held in counted) for name in PARTS}
-    limit = copy_s(size, folder, runs)
+    limit = limit_of(size)
     return {"bytes": size, **found, "copy_s": limit, "ratio": found["transfer_s"] / limit, "exchanges": counted}
 
 
@@ -296,11 +313,23 @@ class Benchmark:
         """A model of the benchmark."""
         return fitrl.TrainableModel(name, "benchmark", self.base, lora=lora, root=self.root)
 
-    def sampler(self, name: str, engine: Any, lora: fitrl.LoraSettings | None = None) -> TimedSampler:
+    def sampler(
+        self, name: str, engine: Any, lora: fitrl.LoraSettings | None = None, transfer: Any = "folder"
+    ) -> TimedSampler:
         """A sampler over the engine."""
         return TimedSampler(
-            self.model(name, lora), engine, tolerance=self.options.tolerance, transfer_dir=self.transfer
+            self.model(name, lora),
+            engine,
+            tolerance=self.options.tolerance,
+            transfer=transfer,
+            transfer_dir=self.transfer,
         )
+
+    def limit(self, transfer: str, size: int) -> float:
+        """Seconds of a plain copy of so many bytes."""
+        if transfer == "folder":
+            return copy_s(size, self.transfer, self.options.runs)
+        return device_copy_s(size, self.options.runs, self.options.engine_gpu)
 
     async def over_http(self, sampler: VLLMSampler, url: str) -> dict[str, Any]:
         """Sampler against server."""
@@ -321,7 +350,7 @@ class Benchmark:
             lora=lora,
             python=self.options.python,
             arguments=shlex.split(self.options.arguments),
-            environment=ENVIRONMENT,
+            environment=ENVIRONMENT | gpu_of(self.options.engine_gpu),
             log=self.root / "vllm.log",
         )
 
@@ -333,7 +362,9 @@ class Benchmark:
                 yield from self.over_servers(server)
         if "lora" in asked:
             with self.server(LORA) as server, self.sampler("adapted", server, LORA) as sampler:
-                self.weights[f"LoRA, rank {LORA.rank}"] = exchanges(sampler, runs, self.transfer)
+                self.weights[f"LoRA, rank {LORA.rank}"] = exchanges(
+                    sampler, runs, functools.partial(self.limit, "folder")
+                )
             yield "lora"
         if "inside" in asked and self.options.in_process:
             self.in_this_process()
@@ -346,13 +377,14 @@ class Benchmark:
             with self.sampler("by-url", server.url) as sampler:
                 self.throughput["a server by its URL"] = asyncio.run(self.over_http(sampler, server.url))
             yield "tokens, by URL"
-        with self.sampler("supervised", server) as sampler:
-            if "tokens" in asked:
+            with self.sampler("supervised", server) as sampler:
                 self.throughput["a server of ours"] = asyncio.run(self.over_http(sampler, server.url))
-                yield "tokens, supervised"
-            if "full" in asked:
-                self.weights["all weights, by folder"] = exchanges(sampler, self.options.runs, self.transfer)
-                yield "full"
+            yield "tokens, supervised"
+        for way in self.options.transfer if "full" in asked else ():
+            with self.sampler(f"by-{way}", server, transfer=way) as sampler:
+                limit = functools.partial(self.limit, way)
+                self.weights[f"all weights, by {way}"] = exchanges(sampler, self.options.runs, limit)
+            yield f"full, by {way}"
 
     def in_this_process(self) -> None:
         """Sampler against `LLM`."""
@@ -382,6 +414,14 @@ class Benchmark:
         finally:
             llm.llm_engine.engine_core.shutdown()
         self.throughput["`LLM` in this process"] = compared(found["sampler"], found["engine"])
+
+
+def gpu_of(number: int) -> dict[str, str]:
+    """Variables of an engine on one GPU of those that are visible."""
+    if not ON_GPU:
+        return {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
+    return {"CUDA_VISIBLE_DEVICES": visible.split(",")[number]}
 
 
 def table(benchmark: Benchmark) -> str:
@@ -429,6 +469,10 @@ def main() -> None:
     parser.add_argument("--python", default=sys.executable, help="interpreter of the environment that has vLLM")
     parser.add_argument("--arguments", default=ARGUMENTS, help="of vLLM's server, in one string")
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="of the proof, in nats")
+    parser.add_argument(
+        "--transfer", nargs="+", default=["folder", "memory"], help="ways of all weights: folder, memory, nccl"
+    )
+    parser.add_argument("--engine-gpu", type=int, default=0, help="the engine's; the trainer's is 0, by nccl another")
     parser.add_argument("--transfer-dir", help="folder for weights; else one in the temporary directory")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--samples", type=int, default=8, help="completions of each prompt")

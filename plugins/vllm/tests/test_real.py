@@ -16,7 +16,7 @@ import pytest
 from vllm_cases import CPU, by_transformers, check_tool_use, use_tool
 
 import fitrl
-from fitrl_vllm import EngineError, InProcessEngine, Recorder, VLLMSampler, VLLMServer
+from fitrl_vllm import EngineError, InProcessEngine, Recorder, StaleWeightsError, VLLMSampler, VLLMServer
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 pytestmark = pytest.mark.slow
@@ -141,12 +141,7 @@ def test_an_engine_killed_in_mid_rollout_comes_back_with_the_newest_weights(tied
     def kill_once(task, trajectory) -> float:
         if not killed:
             killed.append(True)
-            [engine] = [
-                process
-                for process in psutil.Process(server._process.pid).children(recursive=True)
-                if "EngineCore" in " ".join(process.cmdline())
-            ]
-            os.kill(engine.pid, signal.SIGKILL)
+            kill_engine(server)
         return low(task, trajectory)
 
     killed: list[bool] = []
@@ -171,6 +166,34 @@ def test_an_engine_killed_in_mid_rollout_comes_back_with_the_newest_weights(tied
         assert abs(result.metrics["mismatch/kl"]) < 1e-5  # also of those from before the kill
 
 
+def test_an_engine_that_dies_takes_along_weights_that_came_without_files(tied, tmp_path) -> None:
+    model = model_of(tied, tmp_path)
+    with (
+        serving(tied, tmp_path / "log") as server,
+        VLLMSampler(model, server, tolerance=1e-4, transfer="memory") as sampler,
+        fitrl.LocalTrainer(**CPU, sampler=sampler) as trainer,
+    ):
+        learn(trainer, model, 1, 3e-3)
+        groups = fitrl.rollout(trainer.sampler(model), ["a"], reward=low, group_size=8, max_new_tokens=6, seed=1)
+        kill_engine(server)
+        for _ in range(2):
+            with pytest.raises(StaleWeightsError, match="version 1 of the weights came without files and is gone"):
+                asyncio.run(sampler.sample(PROMPT, max_new_tokens=2))
+        assert server.num_starts == 2
+        trainer.fit_rl(model, groups, learning_rate=3e-3, save_checkpoint=False)  # hands over newer ones
+        assert sampler.version == 2
+        kill_engine(server)  # and while nobody asks
+        trainer.fit_rl(model, groups, learning_rate=3e-3, save_checkpoint=False)
+        assert sampler.version == 3 and server.num_starts == 3
+        assert asyncio.run(sampler.sample(PROMPT, max_new_tokens=2))[0].version == 3
+
+
+def kill_engine(server: VLLMServer) -> None:
+    children = psutil.Process(server._process.pid).children(recursive=True)
+    [engine] = [process for process in children if "EngineCore" in " ".join(process.cmdline())]
+    os.kill(engine.pid, signal.SIGKILL)
+
+
 def test_a_server_that_cannot_start_says_why(tmp_path) -> None:
     (tmp_path / "empty").mkdir()
     server = VLLMServer(tmp_path / "empty", arguments=SMALL, environment=ENVIRONMENT, log=tmp_path / "log")
@@ -190,7 +213,8 @@ def own_environment(monkeypatch, tmp_path_factory) -> Iterator[None]:
     os.environ.update(before)
 
 
-def test_an_engine_in_this_process(untied, tmp_path, own_environment) -> None:
+@pytest.mark.parametrize("transfer", ["folder", "memory"])
+def test_an_engine_in_this_process(transfer, untied, tmp_path, own_environment) -> None:
     import vllm
 
     llm = vllm.LLM(
@@ -200,11 +224,12 @@ def test_an_engine_in_this_process(untied, tmp_path, own_environment) -> None:
         max_model_len=256,
         max_num_seqs=64,
         logprobs_mode="processed_logprobs",
+        **(InProcessEngine.TRANSFER if transfer == "memory" else {}),
     )
     model = model_of(untied, tmp_path)
     try:
         with (
-            VLLMSampler(model, InProcessEngine(llm), tolerance=1e-4) as sampler,
+            VLLMSampler(model, InProcessEngine(llm), tolerance=1e-4, transfer=transfer) as sampler,
             fitrl.LocalTrainer(**CPU, sampler=sampler) as trainer,
         ):
             learn(trainer, model, 3, 3e-3)

@@ -209,3 +209,14 @@ def test_a_transfer_that_cannot_be_is_refused(transfer, lora, said, server, tmp_
     model = fitrl.TrainableModel("small", "tests", str(server.folder), lora=settings, root=tmp_path)
     with pytest.raises(InvalidArgumentError, match=said):
         VLLMSampler(model, server.url, transfer=transfer)
+
+
+def test_a_server_that_does_not_answer_is_not_waited_for_once_it_is_not_well(server, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("fitrl_vllm.http._LOOK_S", 0.1)
+    with sampler_of(server, tmp_path, timeout_s=2.0) as sampler:
+        server.lives.clear()
+        with pytest.raises(EngineError, match="is gone"):
+            sampler.update(iter(changed(server)), 1)
+        server.lives.set()
+        sampler.update(iter(changed(server)), 1)
+        assert sampler.version == 1

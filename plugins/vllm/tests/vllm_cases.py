@@ -9,12 +9,36 @@ from typing import Any
 import openai
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 import fitrl
 from fitrl.data.tokens import tokenize
 
 CPU = {"accelerator": "cpu", "devices": 1, "enable_model_summary": False}
+
+
+def small_policy(folder: Path, *, tied: bool, head_dim: int = 32) -> Path:
+    """A random Qwen3 with the bundled policy's tokenizer; vLLM has no attention for that one's head size."""
+    tokenizer = fitrl.load_tokenizer("tiny")
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=272,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=head_dim,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        initializer_range=0.1,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def by_transformers(folder, prompt, said, temperature=1.0) -> list[float]:

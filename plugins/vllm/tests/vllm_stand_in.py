@@ -30,6 +30,7 @@ class StandIn:
     Attributes:
         keeps_old_weights: answers that it took new ones, and did not; as some engines do.
         tells_raw_logprobs: of the distribution before temperature, which is vLLM's default.
+        lives: while it is cleared it is not well, and does not answer what needs its engine.
         knows_transfer: has what `VLLMServer` adds, for weights without files.
         fails_receiving: stops in the middle of these.
         holds: completions wait while it is cleared.
@@ -46,6 +47,8 @@ class StandIn:
         self.adapter: Any = None
         self.keeps_old_weights = False
         self.tells_raw_logprobs = False
+        self.lives = asyncio.Event()
+        self.lives.set()
         self.knows_transfer = True
         self.fails_receiving = False
         self.holds = asyncio.Event()
@@ -80,6 +83,7 @@ class StandIn:
 
     def __exit__(self, *exception: object) -> None:
         self.holds.set()
+        self.lives.set()
         self._server.should_exit = True
         self._thread.join()
         self._socket.close()
@@ -90,6 +94,7 @@ class StandIn:
 
     def _kept(self, answer: Any) -> Any:
         async def keep(request: Request) -> Any:
+            await self.lives.wait()
             body = await request.json() if await request.body() else None
             self.requests.append((request.url.path, body))
             return await answer(body)
@@ -101,7 +106,7 @@ class StandIn:
         return JSONResponse({"data": cards + [{"id": "policy", "parent": "the-base"}] * (self.adapter is not None)})
 
     async def _health(self, request: Request) -> PlainTextResponse:
-        return PlainTextResponse("")
+        return PlainTextResponse("", status_code=200 if self.lives.is_set() else 503)
 
     async def _done(self, body: Any) -> JSONResponse:
         return JSONResponse({"success": True})

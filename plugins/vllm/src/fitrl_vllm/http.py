@@ -19,6 +19,7 @@ RELOAD = "reload_weights_of_all_layers"
 TELL = "tell_of_weights"
 """What `fitrl_vllm_engine.worker` adds to the engine's workers."""
 
+_LOOK_S = 2.0
 _DEAD = "EngineCore"  # the server still answers when its engine is gone: with status 500, and this name
 
 
@@ -90,18 +91,18 @@ class ServerEngine:
     async def load_adapter(self, folder: Path) -> None:
         """Load it in place. A folder that was not loaded before: cached prompts of an old one would stay in use."""
         body = {"lora_name": ADAPTER, "lora_path": str(folder), "load_inplace": True}
-        await self.post("/v1/load_lora_adapter", body)
+        await self._order("/v1/load_lora_adapter", body)
 
     async def load_weights(self, folder: Path) -> None:
         """Load them by each worker, and forget the prompts that were computed with others."""
         method = RELOAD if self._server is not None else "reload_weights"
-        await self.post("/collective_rpc", {"method": method, "kwargs": {"weights_path": str(folder)}})
+        await self._order("/collective_rpc", {"method": method, "kwargs": {"weights_path": str(folder)}})
         await self._forget_prompts()
 
     async def tell_of_weights(self) -> list[dict[str, str]]:
         """Asked of what `fitrl_vllm_engine` adds to the workers."""
         try:
-            told: list[dict[str, str]] = (await self.post("/collective_rpc", {"method": TELL}))["results"]
+            told: list[dict[str, str]] = (await self._order("/collective_rpc", {"method": TELL}))["results"]
         except EngineDiedError:
             raise
         except EngineError as error:
@@ -114,24 +115,24 @@ class ServerEngine:
     async def receive(self, init_info: dict[str, Any] | None) -> None:
         """By vLLM's weight-transfer API."""
         if init_info is not None:
-            await self.post("/init_weight_transfer_engine", {"init_info": init_info})
-        await self.post("/start_weight_update", None)
-        await self.post("/update_weights", {"update_info": {}})
-        await self.post("/finish_weight_update", {})
+            await self._order("/init_weight_transfer_engine", {"init_info": init_info})
+        await self._order("/start_weight_update", None)
+        await self._order("/update_weights", {"update_info": {}})
+        await self._order("/finish_weight_update", {})
         await self._forget_prompts()
 
     async def _forget_prompts(self) -> None:
-        answer = await self.post("/reset_prefix_cache", None)
+        answer = await self._order("/reset_prefix_cache", None)
         if not answer.get("success", True):
             raise EngineError(f"{self._url} could not forget the prompts it computed with the old weights: {answer}")
 
     async def sleep(self) -> None:
         """Level 1: weights to the host's memory, cached prompts dropped."""
-        await self.post("/sleep?level=1&mode=wait", None)
+        await self._order("/sleep?level=1&mode=wait", None)
 
     async def wake(self) -> None:
         """Take weights and cache back to the device."""
-        await self.post("/wake_up", None)
+        await self._order("/wake_up", None)
 
     async def revive(self, *, is_dead: bool) -> bool:
         """Start our own server again, unless it is well; wait for anybody's."""
@@ -163,6 +164,23 @@ class ServerEngine:
     async def post(self, path: str, body: Any) -> Any:
         """Ask by POST; see `_ask`."""
         return await self._ask("POST", path, body)
+
+    async def _order(self, path: str, body: Any) -> Any:
+        """Ask by POST for what all workers do; a server whose engine has died has been seen not to answer at all.
+
+        Raises:
+            EngineDiedError: also if it is not well before it has answered.
+        """
+        asking = asyncio.create_task(self.post(path, body))
+        try:
+            while True:
+                await asyncio.wait({asking}, timeout=_LOOK_S)
+                if asking.done():
+                    return asking.result()
+                if not await self._is_well():
+                    raise EngineDiedError(f"{self._url} died while it was asked for {path}", is_certain=True)
+        finally:
+            asking.cancel()
 
     async def _ask(self, method: str, path: str, body: Any) -> Any:
         """Ask, and read what is answered.
