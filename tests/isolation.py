@@ -41,6 +41,7 @@ settings.load_profile("fitrl")
 _ALLOWED_ENVIRONMENT = {
     "CRC32C_SW_MODE",
     "CUBLAS_WORKSPACE_CONFIG",
+    "CUDA_DEVICE_ORDER",
     "CUDA_MODULE_LOADING",
     "KMP_DUPLICATE_LIB_OK",
     "KMP_INIT_AT_FORK",
