@@ -26,6 +26,7 @@ import json
 import logging
 import os
 import platform
+import random
 import shlex
 import statistics
 import subprocess
@@ -271,21 +272,22 @@ def exchanges(sampler: TimedSampler, runs: int, limit_of: Callable[[int], float]
         devices=1, precision=PRECISION, sampler=sampler, enable_model_summary=False, accelerator="auto"
     ) as trainer:
         for step in range(runs + 1):
+            draw = random.Random(step)  # whatever is said, so that there is always a step to take
             groups = fitrl.rollout(
-                trainer.sampler(sampler.model), ["a"], reward=_odd, group_size=8, max_new_tokens=8, seed=step
+                trainer.sampler(sampler.model),
+                ["a"],
+                reward=lambda task, trajectory, draw=draw: draw.random(),
+                group_size=8,
+                max_new_tokens=8,
+                seed=step,
             )
-            trainer.fit_rl(sampler.model, groups, learning_rate=1e-4, save_checkpoint=False)
+            trainer.fit_rl(sampler.model, groups, learning_rate=1e-5, save_checkpoint=False)
             assert sampler.version == step + 1
     counted = sampler.exchanges[2:]  # the first is that of opening, the second after the first step
     size = int(counted[0]["bytes"])
     found = {name: statistics.median(held[name] for held in counted) for name in PARTS}
     limit = limit_of(size)
     return {"bytes": size, **found, "copy_s": limit, "ratio": found["transfer_s"] / limit, "exchanges": counted}
-
-
-def _odd(task: str, trajectory: fitrl.Trajectory) -> float:
-    said = trajectory.completions()[-1].token_ids
-    return sum(token % 2 for token in said) / len(said)
 
 
 # -- the whole ------------------------------------------------------------------------------------------------------

@@ -78,8 +78,8 @@ class VLLMSampler:
             bfloat16; float32 on both sides agrees to 1e-4.
         transfer: how all weights come to the engine. "folder" works with any engine that sees `transfer_dir`, and one
             that dies is started again with the newest weights from there. "memory": by memory that the engine opens, of
-            the trainer's GPU (CUDA IPC) or on CPUs of a file; both have to be on one machine. "nccl": between GPUs, of
-            any machines. Without files an engine that dies takes the weights along: completions are refused then until
+            the trainer's GPU (CUDA IPC) or on CPUs of the host; both have to be on one machine, with Linux. "nccl":
+            between GPUs, of any machines. Without files an engine that dies takes the weights along: completions are refused then until
             newer ones are handed over. Adapters are small, and go by folder.
         transfer_dir: where weights are handed over: the engine has to see the same folder. None: a temporary one. One
             in memory (`/dev/shm`) spares the disk; the system holds what was just written in memory anyway.
@@ -87,6 +87,7 @@ class VLLMSampler:
 
     Raises:
         InvalidArgumentError: an argument out of range, or a transfer that adapters do not have.
+        UnsupportedError: a transfer that this system does not have.
     """
 
     def __init__(
@@ -335,17 +336,17 @@ class VLLMSampler:
         taking: Future[None] | None = None
         failure: Exception | None = None
         try:
-            if ranks.rank() == 0:
-                if folder is not None:
-                    self._write(folder, weights)
-                taking = self._loop.spawn(self._take(served, trainers))
-                if self._sender is not None:
-                    self._sender.send(weights, _check(taking))
-        except Exception as error:
-            failure = error
-        for _ in weights:  # a collective: every rank drains it, whatever happened to the first
-            pass
-        try:
+            try:
+                if ranks.rank() == 0:
+                    if folder is not None:
+                        self._write(folder, weights)
+                    taking = self._loop.spawn(self._take(served, trainers))
+                    if self._sender is not None:
+                        self._sender.send(weights, _check(taking))
+            except Exception as error:
+                failure = error
+            for _ in weights:  # a collective: every rank drains it, whatever happened to the first
+                pass
             # the trainer is asked while the engine loads
             trainers.set_result(score(self._probe.token_ids).float().cpu() if score is not None else None)
             if taking is not None and failure is None:

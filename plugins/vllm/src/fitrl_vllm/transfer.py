@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fitrl.errors import UnsupportedError
-from fitrl_vllm.engine_side.fitrl_vllm_engine.channels import HEADER_BYTES, MOST_PIECES, header_of, share
+from fitrl_vllm.engine_side.fitrl_vllm_engine.channels import HEADER_BYTES, MOST_PIECES, header_of, mapped, share
 from fitrl_vllm.engine_side.fitrl_vllm_engine.nccl import Communicator, unique_id
 from fitrl_vllm.engine_side.fitrl_vllm_engine.pieces import fill
 
@@ -64,14 +66,20 @@ class Sender(Protocol):
 
 
 def sender_of(way: Way, bucket_bytes: int = BUCKET_BYTES) -> Sender | None:
-    """What sends that way; None: files do."""
+    """What sends that way; None: files do.
+
+    Raises:
+        UnsupportedError: this system shares no memory so.
+    """
     if way == "folder":
         return None
+    if way == "memory" and not sys.platform.startswith("linux"):
+        raise UnsupportedError(f"transfer='memory' needs Linux, this is {sys.platform}: take transfer='folder'")
     return MemorySender(bucket_bytes) if way == "memory" else NcclSender(bucket_bytes)
 
 
 class MemorySender:
-    """Buckets in memory that the engine opens: a GPU's (CUDA IPC), or for an engine on a CPU a mapped file's.
+    """Buckets in memory that the engine opens: a GPU's (CUDA IPC), or for an engine on a CPU the host's.
 
     Trainer and engine are on one machine, and on a GPU the engine has to see the trainer's device.
 
@@ -82,30 +90,29 @@ class MemorySender:
     def __init__(self, bucket_bytes: int = BUCKET_BYTES) -> None:
         self._bucket_bytes = bucket_bytes
         self._folder = tempfile.TemporaryDirectory(prefix="fitrl-")  # nobody else may look into it
-        self._path = str(Path(self._folder.name) / "socket")
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(self._path)
-        self._listener.listen()
-        self._listener.settimeout(_ASK_S)
+        self._numbers = itertools.count()
+        self._listener: socket.socket | None = None
         self._prepared: Future[Sequence[Mapping[str, str]]] = Future()
 
     def prepare(self, workers: Sequence[Mapping[str, str]], num_starts: int) -> dict[str, Any]:
         """See `Sender`."""
+        self._hang_up()
+        path = str(Path(self._folder.name) / str(next(self._numbers)))  # what was left waiting at another is not met
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(path)
+        self._listener.listen()
+        self._listener.settimeout(_ASK_S)
         self._prepared.set_result(workers)
-        return {"socket": self._path}
+        return {"socket": path}
 
     def send(self, weights: Iterable[tuple[str, Tensor]], check: Callable[[], None]) -> None:
         """See `Sender`."""
         try:
             workers = _result(self._prepared, check)
+            device = _device_for(workers)
             with ExitStack() as opened:
                 connections = [opened.enter_context(self._accept(check)) for _ in workers]
-                device = _device_for(workers)
-                files = [str(Path(self._folder.name) / str(number)) for number in range(_BUFFERS)]
-                buffers = [self._buffer(file, device) for file in files]
-                for connection in connections:
-                    shared = [share(buffer, file) for buffer, file in zip(buffers, files, strict=True)]
-                    connection.sendall(_line(shared))
+                buffers = self._shared_buffers(connections, device)
 
                 def free() -> Iterator[Tensor]:
                     for number in itertools.count():
@@ -125,15 +132,22 @@ class MemorySender:
                 for connection in connections:
                     connection.sendall(_line(None))
         finally:
+            self._hang_up()
             self._prepared = Future()
 
     def close(self) -> None:
         """See `Sender`."""
-        self._listener.close()
+        self._hang_up()
         self._folder.cleanup()
+
+    def _hang_up(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+        self._listener = None
 
     @contextmanager
     def _accept(self, check: Callable[[], None]) -> Iterator[socket.socket]:
+        assert self._listener is not None
         while True:
             try:
                 connection, _ = self._listener.accept()
@@ -145,10 +159,20 @@ class MemorySender:
                 yield connection
             return
 
-    def _buffer(self, file: str, device: torch.device) -> Tensor:
+    def _shared_buffers(self, connections: Sequence[socket.socket], device: torch.device) -> list[Tensor]:
+        """Buffers, of which every worker has been told: files without a name are the host's, handles a GPU's."""
         if device.type == "cuda":
-            return torch.empty(self._bucket_bytes, dtype=torch.uint8, device=device)
-        return torch.from_file(file, shared=True, size=self._bucket_bytes, dtype=torch.uint8)
+            buffers = [torch.empty(self._bucket_bytes, dtype=torch.uint8, device=device) for _ in range(_BUFFERS)]
+            for connection in connections:
+                connection.sendall(b"\n" + _line([share(buffer) for buffer in buffers]))
+            return buffers
+        files = [os.memfd_create(f"fitrl-bucket-{number}") for number in range(_BUFFERS)]
+        for file in files:
+            os.truncate(file, self._bucket_bytes)
+        for connection in connections:
+            socket.send_fds(connection, [b"\n"], files)
+            connection.sendall(_line([]))
+        return [mapped(file) for file in files]
 
 
 def _given_back(connections: Sequence[socket.socket], check: Callable[[], None]) -> None:

@@ -6,6 +6,8 @@ What tells of a bucket is JSON; nothing is unpickled.
 from __future__ import annotations
 
 import json
+import mmap
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import suppress
@@ -19,6 +21,7 @@ from .nccl import Communicator
 from .pieces import Piece
 
 HEADER_BYTES = 1 << 17
+_MOST_FILES = 8
 MOST_PIECES = 512  # of a bucket, so that its table fits into a header
 
 _reductions: Any = reductions  # which have no types
@@ -26,7 +29,7 @@ Bucket = tuple[list[Piece], Tensor]
 
 
 class MemoryChannel:
-    """Buckets in memory of the trainer's: a file of this machine, or a GPU's memory, which this process opens too.
+    """Buckets in memory of the trainer's, of the host or a GPU, which this process opens too.
 
     They are told of over a Unix socket, and given back there once they are read.
 
@@ -41,8 +44,10 @@ class MemoryChannel:
     def __iter__(self) -> Iterator[Bucket]:
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(self._path)
+            _, files, _, _ = socket.recv_fds(connection, 1, _MOST_FILES)
             with connection.makefile("rb") as lines:
-                buffers = [_open(shared, self._device) for shared in _read(lines)]
+                shared = _read(lines)
+                buffers = [mapped(file) for file in files] or [_open(one, self._device) for one in shared]
                 while (told := _read(lines)) is not None:
                     yield [Piece(*row) for row in told["table"]], buffers[told["buffer"]]
                     if self._device.type == "cuda":
@@ -61,10 +66,16 @@ def _read(lines: BinaryIO) -> Any:
     return json.loads(line)
 
 
-def share(buffer: Tensor, path: str) -> dict[str, Any]:
-    """What another process opens a buffer [N] uint8 by: on a CPU the file that it lies in; once for each reader."""
-    if buffer.device.type != "cuda":
-        return {"file": path, "size": len(buffer)}
+def mapped(file: int) -> Tensor:
+    """The memory [N] uint8 of an open file, which is closed."""
+    try:
+        return torch.frombuffer(mmap.mmap(file, 0), dtype=torch.uint8)
+    finally:
+        os.close(file)
+
+
+def share(buffer: Tensor) -> dict[str, Any]:
+    """What another process opens a GPU's buffer [N] uint8 by; once for each that does."""
     _, arguments = _reductions.reduce_tensor(buffer)
     *_, device, handle, size, offset, _, counter, counter_offset, event, waits = arguments
     return {
@@ -75,8 +86,6 @@ def share(buffer: Tensor, path: str) -> dict[str, Any]:
 
 
 def _open(shared: dict[str, Any], device: torch.device) -> Tensor:
-    if "file" in shared:
-        return torch.from_file(shared["file"], shared=True, size=shared["size"], dtype=torch.uint8)
     gpus = [str(torch.cuda.get_device_properties(index).uuid) for index in range(torch.cuda.device_count())]
     if shared["gpu"] not in gpus:
         raise RuntimeError(
