@@ -79,8 +79,8 @@ class VLLMSampler:
         transfer: how all weights come to the engine. "folder" works with any engine that sees `transfer_dir`, and one
             that dies is started again with the newest weights from there. "memory": by memory that the engine opens, of
             the trainer's GPU (CUDA IPC) or on CPUs of the host; both have to be on one machine, with Linux. "nccl":
-            between GPUs, of any machines. Without files an engine that dies takes the weights along: completions are refused then until
-            newer ones are handed over. Adapters are small, and go by folder.
+            between GPUs, of any machines. Without files an engine that dies takes the weights along: completions are
+            refused then until newer ones are handed over. Adapters are small, and go by folder.
         transfer_dir: where weights are handed over: the engine has to see the same folder. None: a temporary one. One
             in memory (`/dev/shm`) spares the disk; the system holds what was just written in memory anyway.
         api_key: of the server.
