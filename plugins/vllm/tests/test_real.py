@@ -13,7 +13,7 @@ from pathlib import Path
 import openai
 import psutil
 import pytest
-from vllm_cases import CPU, by_transformers, check_tool_use, use_tool
+from vllm_cases import CPU, PROMPT, by_transformers, check_tool_use, learn, low, model_of, use_tool
 
 import fitrl
 from fitrl_vllm import EngineError, InProcessEngine, Recorder, StaleWeightsError, VLLMSampler, VLLMServer
@@ -22,7 +22,6 @@ pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 pytestmark = pytest.mark.slow
 
 LORA = fitrl.LoraSettings(rank=8)
-PROMPT = [72, 101, 108, 108, 111]
 SMALL = ["--enforce-eager", "--dtype", "float32", "--max-num-seqs", "64", "--max-model-len", "256"]
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
 
@@ -45,28 +44,6 @@ def tied_server(tied, tmp_path_factory) -> Iterator[VLLMServer]:
 def lora_server(untied, tmp_path_factory) -> Iterator[VLLMServer]:
     with serving(untied, tmp_path_factory.mktemp("lora-log") / "log", LORA) as server:
         yield server
-
-
-def low(task, trajectory) -> float:
-    said = trajectory.completions()[-1].token_ids
-    return sum(token < 128 for token in said) / len(said)
-
-
-def model_of(folder: Path, root: Path, lora: fitrl.LoraSettings | None = None) -> fitrl.TrainableModel:
-    return fitrl.TrainableModel("small", "tests", str(folder), lora=lora, root=root)
-
-
-def learn(trainer: fitrl.LocalTrainer, model: fitrl.TrainableModel, steps: int, rate: float) -> list[float]:
-    rewards = []
-    for step in range(steps):
-        groups = fitrl.rollout(
-            trainer.sampler(model), ["a", "b"], reward=low, group_size=16, max_new_tokens=6, seed=step
-        )
-        result = trainer.fit_rl(model, groups, learning_rate=rate, save_checkpoint=False)
-        assert trainer.sampler(model).version == result.step == step + 1
-        assert abs(result.metrics["mismatch/kl"]) < 1e-5
-        rewards.append(result.metrics["reward/mean"])
-    return rewards
 
 
 def test_logprobs_are_transformers(untied, lora_server, tmp_path) -> None:

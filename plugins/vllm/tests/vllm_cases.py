@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3
 import fitrl
 from fitrl.data.tokens import tokenize
 
+PROMPT = [72, 101, 108, 108, 111]
 CPU = {"accelerator": "cpu", "devices": 1, "enable_model_summary": False}
 
 
@@ -39,6 +40,32 @@ def small_policy(folder: Path, *, tied: bool, head_dim: int = 32) -> Path:
     Qwen3ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def model_of(folder: Path, root: Path, lora: fitrl.LoraSettings | None = None) -> fitrl.TrainableModel:
+    return fitrl.TrainableModel("small", "tests", str(folder), lora=lora, root=root)
+
+
+def low(task: str, trajectory: fitrl.Trajectory) -> float:
+    """The share of small token ids."""
+    said = trajectory.completions()[-1].token_ids
+    return sum(token < 128 for token in said) / len(said)
+
+
+def learn(
+    trainer: fitrl.LocalTrainer, model: fitrl.TrainableModel, steps: int, rate: float, most_kl: float = 1e-5
+) -> list[float]:
+    """Rewards of so many steps, each with what the sampler says after the one before."""
+    rewards = []
+    for step in range(steps):
+        groups = fitrl.rollout(
+            trainer.sampler(model), ["a", "b"], reward=low, group_size=16, max_new_tokens=6, seed=step
+        )
+        result = trainer.fit_rl(model, groups, learning_rate=rate, save_checkpoint=False)
+        assert trainer.sampler(model).version == result.step == step + 1
+        assert abs(result.metrics["mismatch/kl"]) < most_kl
+        rewards.append(result.metrics["reward/mean"])
+    return rewards
 
 
 def by_transformers(folder, prompt, said, temperature=1.0) -> list[float]:

@@ -33,6 +33,7 @@ Way = Literal["folder", "memory", "nccl"]
 BUCKET_BYTES = 1 << 28
 """Size of a buffer; there are two, so that one is filled while the other is read."""
 
+_cuda: Any = torch.cuda  # parts of which have no types
 _ASK_S = 0.05
 _ASK_OFTEN_S = 1e-4
 _BUFFERS = 2
@@ -131,6 +132,8 @@ class MemorySender:
                     _given_back(connections, check)
                 for connection in connections:
                     connection.sendall(_line(None))
+            if device.type == "cuda":
+                _cuda.ipc_collect()  # the engine has closed what was shared
         finally:
             self._hang_up()
             self._prepared = Future()
@@ -255,19 +258,18 @@ class NcclSender:
         dtype: torch.dtype,
         check: Callable[[], None],
     ) -> None:
-        cuda: Any = torch.cuda  # parts of which have no types
-        filling, sending = cuda.current_stream(), cuda.Stream()
+        filling, sending = _cuda.current_stream(), _cuda.Stream()
         buffers = [torch.empty(self._bucket_bytes, dtype=torch.uint8, device="cuda") for _ in range(_BUFFERS)]
         headers = [torch.empty(HEADER_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(_BUFFERS)]
         header = torch.empty(HEADER_BYTES, dtype=torch.uint8, device="cuda")
-        sent = [cuda.Event() for _ in range(_BUFFERS)]
+        sent = [_cuda.Event() for _ in range(_BUFFERS)]
         numbers = itertools.count()
 
         def send(number: int, told: bytes, data: Tensor | None) -> None:
             place = number % _BUFFERS
             headers[place].copy_(torch.frombuffer(bytearray(told), dtype=torch.uint8))
             sending.wait_stream(filling)
-            with cuda.stream(sending):
+            with _cuda.stream(sending):
                 header.copy_(headers[place], non_blocking=True)
                 communicator.broadcast(header)
                 if data is not None:
