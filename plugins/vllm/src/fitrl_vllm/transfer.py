@@ -33,8 +33,8 @@ Way = Literal["folder", "memory", "nccl"]
 BUCKET_BYTES = {"cpu": 1 << 24, "cuda": 1 << 26}
 """Size of a buffer by kind of device; there are two, so that one is filled while the other is read.
 
-The engine waits for the first and the trainer for the last, and a CPU's should stay in its cache: 16 MB took two thirds of
-the time of 64 MB. On a GPU each costs a round trip of the host's.
+The engine waits for the first and the trainer for the last, and a CPU's should stay in its cache: 16 MB took two thirds
+of the time of 64 MB. On a GPU each costs a round trip of the host's.
 """
 
 _cuda: Any = torch.cuda  # parts of which have no types
