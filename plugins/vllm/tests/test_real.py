@@ -13,10 +13,13 @@ from pathlib import Path
 import openai
 import psutil
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 from vllm_cases import CPU, PROMPT, by_transformers, check_tool_use, learn, low, model_of, use_tool
 
 import fitrl
 from fitrl_vllm import EngineError, InProcessEngine, Recorder, StaleWeightsError, VLLMSampler, VLLMServer
+from fitrl_vllm.transfer import BUCKET_BYTES
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 pytestmark = pytest.mark.slow
@@ -110,6 +113,30 @@ def test_full_weights_with_tied_embeddings(transfer, tied, tied_server, tmp_path
     ):
         rewards = learn(trainer, model, 8, 3e-3)
     assert rewards[-1] > rewards[0]
+
+
+def test_a_transfer_that_breaks_off_can_be_made_again(tied, tied_server, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(BUCKET_BYTES, "cpu", 4096)  # many
+    network = AutoModelForCausalLM.from_pretrained(tied, dtype=torch.float32)
+    weights = [(name, weight.detach() + 0.01) for name, weight in network.named_parameters()]
+    network.load_state_dict(dict(weights), strict=False)
+    network.save_pretrained(tmp_path / "changed")
+
+    def some(number: int):
+        yield from weights[:number]
+        raise ArithmeticError("no more")
+
+    with VLLMSampler(model_of(tied, tmp_path), tied_server, tolerance=1e-4, transfer="memory") as sampler:
+        for number in (1, 3, 4, 9, len(weights)):  # after q_proj and k_proj, and gate_proj
+            with pytest.raises(ArithmeticError):
+                sampler.update(some(number), 1)
+            with pytest.raises(StaleWeightsError):
+                asyncio.run(sampler.sample(PROMPT, max_new_tokens=1))
+        sampler.update(iter(weights), 1)
+        [said] = asyncio.run(sampler.sample(PROMPT, max_new_tokens=8))
+    assert said.version == 1
+    expected = by_transformers(tmp_path / "changed", PROMPT, list(said.token_ids))
+    assert said.logprobs == pytest.approx(expected, abs=1e-4)
 
 
 def test_an_engine_killed_in_mid_rollout_comes_back_with_the_newest_weights(tied, tmp_path) -> None:

@@ -117,6 +117,7 @@ class MemorySender:
             device = _device_for(workers)
             with ExitStack() as opened:
                 connections = [opened.enter_context(self._accept(check)) for _ in workers]
+                opened.enter_context(_telling_why(check))
                 buffers = self._shared_buffers(connections, device)
 
                 def free() -> Iterator[Tensor]:
@@ -183,17 +184,27 @@ class MemorySender:
         return [mapped(file) for file in files]
 
 
+@contextmanager
+def _telling_why(check: Callable[[], None]) -> Iterator[None]:
+    """Where the engine has hung up, wait until it has said why, which raises."""
+    try:
+        yield
+    except (BrokenPipeError, ConnectionResetError):
+        while True:
+            check()
+            time.sleep(_ASK_S)
+
+
 def _given_back(connections: Sequence[socket.socket], check: Callable[[], None]) -> None:
     """Wait until every worker has read one more bucket."""
     for connection in connections:
         while True:
             try:
-                if connection.recv(1):
-                    break
-                time.sleep(_ASK_S)  # it has failed, and is about to say why
+                if not connection.recv(1):
+                    raise ConnectionResetError
+                break
             except TimeoutError:
-                pass
-            check()
+                check()
 
 
 class NcclSender:

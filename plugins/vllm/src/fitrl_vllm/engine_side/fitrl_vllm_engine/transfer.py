@@ -6,6 +6,7 @@ own backends unpickle what a request holds; this one reads JSON.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -69,9 +70,14 @@ class Transfer(WeightTransferEngine[Init, Update]):
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: Update) -> None:
-        """Load what comes over the channel."""
-        with torch.no_grad():
-            self.model.load_weights(self._received())
+        """Load what comes over the channel; what broke off leaves no count of what had come, and can be made again."""
+        try:
+            with torch.no_grad():
+                self.model.load_weights(self._received())
+        except BaseException:
+            with contextlib.suppress(Exception):  # of layers that are half there
+                finalize_layerwise_reload(self.model, self.model_config)
+            raise
 
     def _received(self) -> Iterator[tuple[str, Tensor]]:
         assert self._channel is not None, "init_weight_transfer_engine comes first"
