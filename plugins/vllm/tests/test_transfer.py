@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +18,13 @@ from torch import Tensor
 import fitrl
 from fitrl.errors import InvalidArgumentError
 from fitrl_vllm import EngineError, StaleWeightsError, VLLMSampler
-from fitrl_vllm.engine_side.fitrl_vllm_engine.channels import HEADER_BYTES, MOST_PIECES, MemoryChannel, header_of
+from fitrl_vllm.engine_side.fitrl_vllm_engine.channels import (
+    HEADER_BYTES,
+    MOST_PIECES,
+    MemoryChannel,
+    NcclChannel,
+    header_of,
+)
 from fitrl_vllm.engine_side.fitrl_vllm_engine.pieces import Assembly, Piece, fill
 from fitrl_vllm.transfer import MemorySender, NcclSender
 
@@ -73,7 +82,7 @@ def test_the_largest_table_fits_into_a_header() -> None:
     piece = Piece(
         "model.layers.1000.some_module.some_projection.some_matrix.weight" * 2, "bfloat16", (10**6,) * 4, *(10**12,) * 3
     )
-    assert len(header_of([piece] * MOST_PIECES, 10**12)) == HEADER_BYTES
+    assert len(header_of({"table": [piece] * MOST_PIECES, "size": 10**12})) == HEADER_BYTES
 
 
 def received(sender: MemorySender, number: int = 1) -> Callable[[], list[list[tuple[str, Tensor]]]]:
@@ -144,6 +153,77 @@ def test_a_sender_does_not_wait_for_an_engine_that_has_given_up(make) -> None:
                 sender.send(iter([("w", torch.ones(2))]), gone)
     finally:
         sender.close()
+
+
+# -- by NCCL, with a queue in its place ----------------------------------------------------------------------------
+
+
+class Wire:
+    """A communicator of two in one process: what rank 0 broadcasts is what the other one's next broadcast has."""
+
+    def __init__(self) -> None:
+        self.sent: queue.Queue[Tensor] = queue.Queue()
+
+    def broadcast(self, data: Tensor) -> None:
+        self.sent.put(data.clone())
+
+    def abort(self) -> None:
+        self.sent.put(torch.zeros(0, dtype=torch.uint8))
+
+
+class WireEnd(Wire):
+    def __init__(self, other: Wire) -> None:
+        self.sent = other.sent
+
+    def broadcast(self, data: Tensor) -> None:
+        said = self.sent.get(timeout=20.0)
+        assert len(said) == len(data)  # or NCCL would wait for ever
+        data.copy_(said)
+
+
+@pytest.fixture
+def wired(monkeypatch) -> tuple[NcclSender, Wire]:
+    """A sender that has joined, on a CPU."""
+    cuda = SimpleNamespace(
+        current_stream=lambda: None,
+        Stream=lambda: SimpleNamespace(wait_stream=lambda other: None),
+        Event=lambda: SimpleNamespace(query=lambda: True, record=lambda stream: None),
+        stream=lambda stream: nullcontext(),
+    )
+    monkeypatch.setattr("fitrl_vllm.transfer._cuda", cuda)
+    sender, wire = NcclSender(bucket_bytes=64), Wire()
+    return sender, wire
+
+
+def read(wire: Wire) -> list[tuple[str, Tensor]]:
+    assembly = Assembly(CPU)
+    found = [item for table, data in NcclChannel(WireEnd(wire), CPU) for item in assembly.take(table, data)]
+    assembly.finish()
+    return found
+
+
+@pytest.mark.parametrize("number", [0, 1, 4])
+def test_the_engine_reads_what_is_broadcast(number, wired) -> None:
+    sender, wire = wired
+    kinds = [(torch.float32, [7, 3]), (torch.bfloat16, [100]), (torch.float64, [50]), (torch.float32, [])]
+    weights = weights_of(kinds[:number])
+    for _ in range(2):
+        sender._broadcast(wire, iter(weights), torch.bfloat16, CPU, never)
+        assert_same(read(wire), weights, torch.bfloat16)
+        assert wire.sent.empty()
+
+
+@pytest.mark.parametrize("size", [20, 16])  # in the middle of a bucket, and at its end
+def test_the_engine_is_told_that_weights_cannot_be_had(size, wired) -> None:
+    def weights() -> Iterable[tuple[str, Tensor]]:
+        yield "w", torch.zeros(size)
+        raise ArithmeticError("no more")
+
+    sender, wire = wired
+    with pytest.raises(ArithmeticError):
+        sender._broadcast(wire, weights(), torch.float32, CPU, never)
+    with pytest.raises(RuntimeError, match="the trainer ended before all weights had come"):
+        read(wire)
 
 
 # -- by the sampler -------------------------------------------------------------------------------------------------

@@ -23,7 +23,15 @@ import torch
 from torch import Tensor
 
 from fitrl.errors import UnsupportedError
-from fitrl_vllm.engine_side.fitrl_vllm_engine.channels import HEADER_BYTES, MOST_PIECES, header_of, mapped, share
+from fitrl_vllm.engine_side.fitrl_vllm_engine.channels import (
+    BROKEN_OFF,
+    END,
+    HEADER_BYTES,
+    MOST_PIECES,
+    header_of,
+    mapped,
+    share,
+)
 from fitrl_vllm.engine_side.fitrl_vllm_engine.nccl import Communicator, unique_id
 from fitrl_vllm.engine_side.fitrl_vllm_engine.pieces import fill
 
@@ -234,11 +242,12 @@ class NcclSender:
         """See `Sender`."""
         try:
             workers = _result(self._prepared, check)
-            if _device_for(workers).type != "cuda":
+            device = _device_for(workers)
+            if device.type != "cuda":
                 raise UnsupportedError("transfer='nccl' needs an engine on GPUs; take 'memory', or 'folder'")
             if self._communicator is None:
                 self._communicator = self._join(1 + len(workers), check)
-            self._broadcast(self._communicator, weights, _dtype_of(workers), check)
+            self._broadcast(self._communicator, weights, _dtype_of(workers), device, check)
         except BaseException:
             self.close()
             raise
@@ -272,12 +281,14 @@ class NcclSender:
         communicator: Communicator,
         weights: Iterable[tuple[str, Tensor]],
         dtype: torch.dtype,
+        device: torch.device,
         check: Callable[[], None],
     ) -> None:
         filling, sending = _cuda.current_stream(), _cuda.Stream()
-        buffers = [torch.empty(self._bucket_bytes, dtype=torch.uint8, device="cuda") for _ in range(_BUFFERS)]
-        headers = [torch.empty(HEADER_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(_BUFFERS)]
-        header = torch.empty(HEADER_BYTES, dtype=torch.uint8, device="cuda")
+        buffers = [torch.empty(self._bucket_bytes, dtype=torch.uint8, device=device) for _ in range(_BUFFERS)]
+        pinned = device.type == "cuda"
+        headers = [torch.empty(HEADER_BYTES, dtype=torch.uint8, pin_memory=pinned) for _ in range(_BUFFERS)]
+        header = torch.empty(HEADER_BYTES, dtype=torch.uint8, device=device)
         sent = [_cuda.Event() for _ in range(_BUFFERS)]
         numbers = itertools.count()
 
@@ -297,14 +308,17 @@ class NcclSender:
                 _wait_for(sent[number % _BUFFERS], check)
                 yield buffers[number % _BUFFERS]
 
+        end = BROKEN_OFF  # which the engine is told of, too, where weights cannot be had: it waits
         try:
             for table, size in fill(weights, free(), dtype, MOST_PIECES):
                 number = next(numbers)
-                send(number, header_of(table, size), buffers[number % _BUFFERS][:size])
+                told = header_of({"table": table, "size": size})
+                send(number, told, buffers[number % _BUFFERS][:size])
+            end = END
         finally:
             number = next(numbers)
             _wait_for(sent[number % _BUFFERS], check)
-            send(number, header_of(None), None)  # also where there are no more weights to be had: the engine waits
+            send(number, header_of(end), None)
             for event in sent:
                 _wait_for(event, check)
 

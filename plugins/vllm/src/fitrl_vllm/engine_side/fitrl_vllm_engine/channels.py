@@ -24,6 +24,10 @@ HEADER_BYTES = 1 << 17
 _MOST_FILES = 8
 MOST_PIECES = 512  # of a bucket, so that its table fits into a header
 
+END, BROKEN_OFF = "end", "broken off"
+"""What is broadcast once there are no more buckets, and where there should have been."""
+
+_ENDED_EARLY = "the trainer ended before all weights had come"
 _reductions: Any = reductions  # which have no types
 Bucket = tuple[list[Piece], Tensor]
 
@@ -62,7 +66,7 @@ def _read(lines: BinaryIO) -> Any:
     except ConnectionResetError:
         line = b""
     if not line:
-        raise RuntimeError("the trainer ended before all weights had come")
+        raise RuntimeError(_ENDED_EARLY)
     return json.loads(line)
 
 
@@ -118,15 +122,16 @@ class NcclChannel:
         while True:
             self._communicator.broadcast(header)
             told = json.loads(bytes(header.cpu().numpy()))
-            if told is None:
+            if told == END:
                 return
+            if told == BROKEN_OFF:
+                raise RuntimeError(_ENDED_EARLY)
             if told["size"] > len(buffer):
                 buffer = torch.empty(told["size"], dtype=torch.uint8, device=self._device)
             self._communicator.broadcast(buffer[: told["size"]])
             yield [Piece(*row) for row in told["table"]], buffer
 
 
-def header_of(table: list[Piece] | None, size: int = 0) -> bytes:
-    """What is broadcast before a bucket; of None: that there is none any more."""
-    told = None if table is None else {"table": table, "size": size}
+def header_of(told: dict[str, Any] | str) -> bytes:
+    """What is broadcast before a bucket, its "table" and its "size", or instead of one: `END`, `BROKEN_OFF`."""
     return json.dumps(told).encode().ljust(HEADER_BYTES)
