@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fitrl
-from fitrl.errors import InvalidArgumentError
+from fitrl.errors import InvalidArgumentError, UnsupportedError
 from fitrl_vllm import EngineError, StaleWeightsError, VLLMSampler
 from fitrl_vllm.engine_side.fitrl_vllm_engine.channels import (
     HEADER_BYTES,
@@ -229,9 +229,9 @@ def test_the_engine_is_told_that_weights_cannot_be_had(size, wired) -> None:
 # -- by the sampler -------------------------------------------------------------------------------------------------
 
 
-def sampler_of(server: Any, tmp_path: Any, **options: Any) -> VLLMSampler:
+def sampler_of(server: Any, tmp_path: Any, transfer: Any = "memory", **options: Any) -> VLLMSampler:
     model = fitrl.TrainableModel("small", "tests", str(server.folder), lora=None, root=tmp_path)
-    return VLLMSampler(model, server.url, tolerance=1e-4, transfer="memory", **options)
+    return VLLMSampler(model, server.url, tolerance=1e-4, transfer=transfer, **options)
 
 
 def changed(server: Any) -> list[tuple[str, Tensor]]:
@@ -267,6 +267,13 @@ def test_an_engine_that_knows_no_transfer_is_told_of(server, tmp_path) -> None:
     server.knows_transfer = False
     with sampler_of(server, tmp_path) as sampler:
         with pytest.raises(EngineError, match="let VLLMServer start it, or take transfer='folder'"):
+            sampler.update(iter(changed(server)), 1)
+        assert sampler.version == 0
+
+
+def test_nccl_without_gpus_is_refused(server, tmp_path) -> None:
+    with sampler_of(server, tmp_path, transfer="nccl") as sampler:
+        with pytest.raises(UnsupportedError, match="transfer='nccl' needs an engine on GPUs"):
             sampler.update(iter(changed(server)), 1)
         assert sampler.version == 0
 

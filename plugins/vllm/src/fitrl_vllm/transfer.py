@@ -58,12 +58,12 @@ class Sender(Protocol):
     is asked to receive.
     """
 
-    def prepare(self, workers: Sequence[Mapping[str, str]], num_starts: int) -> dict[str, Any] | None:
+    def prepare(self, workers: Sequence[Mapping[str, str]], num_revivals: int) -> dict[str, Any] | None:
         """What the engine's workers are initialized with; None: they are already.
 
         Args:
             workers: what each of them tells of its weights.
-            num_starts: how often the engine was started.
+            num_revivals: how often the engine was brought back so far.
         """
 
     def send(self, weights: Iterable[tuple[str, Tensor]], check: Callable[[], None]) -> None:
@@ -107,7 +107,7 @@ class MemorySender:
         self._listener: socket.socket | None = None
         self._prepared: Future[Sequence[Mapping[str, str]]] = Future()
 
-    def prepare(self, workers: Sequence[Mapping[str, str]], num_starts: int) -> dict[str, Any]:
+    def prepare(self, workers: Sequence[Mapping[str, str]], num_revivals: int) -> dict[str, Any]:
         """See `Sender`."""
         self._hang_up()
         path = str(Path(self._folder.name) / str(next(self._numbers)))  # what was left waiting at another is not met
@@ -186,10 +186,15 @@ class MemorySender:
         files = [os.memfd_create(f"fitrl-bucket-{number}") for number in range(_BUFFERS)]
         for file in files:
             os.truncate(file, size)
-        for connection in connections:
-            socket.send_fds(connection, [b"\n"], files)
-            connection.sendall(_line([]))
-        return [mapped(file) for file in files]
+        buffers = [mapped(file) for file in files]
+        try:
+            for connection in connections:
+                socket.send_fds(connection, [b"\n"], files)
+                connection.sendall(_line([]))
+        finally:
+            for file in files:
+                os.close(file)
+        return buffers
 
 
 @contextmanager
@@ -225,15 +230,17 @@ class NcclSender:
     def __init__(self, bucket_bytes: int = BUCKET_BYTES["cuda"]) -> None:
         self._bucket_bytes = bucket_bytes
         self._communicator: Communicator | None = None
-        self._num_starts = 0
+        self._num_revivals = 0
         self._id: str | None = None
         self._prepared: Future[Sequence[Mapping[str, str]]] = Future()
 
-    def prepare(self, workers: Sequence[Mapping[str, str]], num_starts: int) -> dict[str, Any] | None:
+    def prepare(self, workers: Sequence[Mapping[str, str]], num_revivals: int) -> dict[str, Any] | None:
         """See `Sender`."""
-        if self._communicator is not None and self._num_starts != num_starts:
+        if _device_for(workers).type != "cuda":
+            raise UnsupportedError("transfer='nccl' needs an engine on GPUs: take 'memory', or 'folder'")
+        if self._communicator is not None and self._num_revivals != num_revivals:
             self.close()
-        self._num_starts = num_starts
+        self._num_revivals = num_revivals
         self._id = unique_id() if self._communicator is None else None
         self._prepared.set_result(workers)
         return None if self._id is None else {"unique_id": self._id, "num_processes": 1 + len(workers)}
@@ -242,12 +249,9 @@ class NcclSender:
         """See `Sender`."""
         try:
             workers = _result(self._prepared, check)
-            device = _device_for(workers)
-            if device.type != "cuda":
-                raise UnsupportedError("transfer='nccl' needs an engine on GPUs; take 'memory', or 'folder'")
             if self._communicator is None:
                 self._communicator = self._join(1 + len(workers), check)
-            self._broadcast(self._communicator, weights, _dtype_of(workers), device, check)
+            self._broadcast(self._communicator, weights, _dtype_of(workers), _device_for(workers), check)
         except BaseException:
             self.close()
             raise

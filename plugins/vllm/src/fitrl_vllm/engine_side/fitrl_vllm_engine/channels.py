@@ -50,8 +50,10 @@ class MemoryChannel:
             connection.connect(self._path)
             _, files, _, _ = socket.recv_fds(connection, 1, _MOST_FILES)
             with connection.makefile("rb") as lines:
-                shared = _read(lines)
-                buffers = [mapped(file) for file in files] or [_open(one, self._device) for one in shared]
+                buffers = [mapped(file) for file in files]
+                for file in files:
+                    os.close(file)
+                buffers += [_open(one, self._device) for one in _read(lines)]
                 while (told := _read(lines)) is not None:
                     yield [Piece(*row) for row in told["table"]], buffers[told["buffer"]]
                     if self._device.type == "cuda":
@@ -71,11 +73,8 @@ def _read(lines: BinaryIO) -> Any:
 
 
 def mapped(file: int) -> Tensor:
-    """The memory [N] uint8 of an open file, which is closed."""
-    try:
-        return torch.frombuffer(mmap.mmap(file, 0), dtype=torch.uint8)
-    finally:
-        os.close(file)
+    """The memory [N] uint8 of an open file, which may be closed then."""
+    return torch.frombuffer(mmap.mmap(file, 0), dtype=torch.uint8)
 
 
 def share(buffer: Tensor) -> dict[str, Any]:
