@@ -53,13 +53,18 @@ def low(task: str, trajectory: fitrl.Trajectory) -> float:
 
 
 def learn(
-    trainer: fitrl.LocalTrainer, model: fitrl.TrainableModel, steps: int, rate: float, most_kl: float = 1e-5
+    trainer: fitrl.LocalTrainer,
+    model: fitrl.TrainableModel,
+    steps: int,
+    rate: float,
+    most_kl: float = 1e-5,
+    group_size: int = 16,
 ) -> list[float]:
     """Rewards of so many steps, each with what the sampler says after the one before."""
     rewards = []
     for step in range(steps):
         groups = fitrl.rollout(
-            trainer.sampler(model), ["a", "b"], reward=low, group_size=16, max_new_tokens=6, seed=step
+            trainer.sampler(model), ["a", "b"], reward=low, group_size=group_size, max_new_tokens=6, seed=step
         )
         result = trainer.fit_rl(model, groups, learning_rate=rate, save_checkpoint=False)
         assert trainer.sampler(model).version == result.step == step + 1
