@@ -12,7 +12,7 @@ from vllm_cases import CPU, by_transformers
 import fitrl
 from fitrl.errors import InvalidArgumentError, SamplerError, UnsupportedError
 from fitrl.rollout.sampler import ProvesWeights
-from fitrl_vllm import EngineError, EngineTimeoutError, StaleWeightsError, VLLMSampler
+from fitrl_vllm import EngineError, EngineTimeoutError, StaleWeightsError, VLLMSampler, VLLMServer
 
 PROMPT = [72, 101, 108, 108, 111]
 LORA = fitrl.LoraSettings(rank=4)
@@ -157,6 +157,33 @@ def test_an_engine_that_came_back_is_handed_the_newest_weights(model, sampler, s
             asyncio.run(sampler.sample(PROMPT, max_new_tokens=4, seed=1))
         with pytest.raises(StaleWeightsError):  # and nothing is sampled from it afterwards
             asyncio.run(sampler.sample(PROMPT, max_new_tokens=4, seed=1))
+
+
+@pytest.mark.parametrize("transfer", ["folder", "memory"])
+def test_a_connection_that_is_lost_takes_nothing_from_an_engine_that_was_not_started_again(
+    transfer, model, server, untied, monkeypatch
+) -> None:
+    ours = VLLMServer(untied, port=int(server.url.rsplit(":", 1)[1]))
+    monkeypatch.setattr(ours, "start", lambda: pytest.fail("it was well"))
+    with (
+        VLLMSampler(model, ours, tolerance=1e-4, transfer=transfer) as sampler,
+        fitrl.LocalTrainer(**CPU, sampler=sampler) as trainer,
+    ):
+        groups = fitrl.rollout(trainer.sampler(model), ["a"], reward=reward, group_size=8, max_new_tokens=8, seed=1)
+        trainer.fit_rl(model, groups, learning_rate=1e-2, save_checkpoint=False)
+        before = asyncio.run(sampler.sample(PROMPT, max_new_tokens=4, seed=1))
+        orders = server.asked("/collective_rpc"), server.asked("/reset_prefix_cache")
+        server.drops = 1
+        assert asyncio.run(sampler.sample(PROMPT, max_new_tokens=4, seed=1)) == before
+        assert (server.asked("/collective_rpc"), server.asked("/reset_prefix_cache")) == orders
+        ours.num_starts += 1  # by another sampler of this server
+        server.drops = 1
+        if transfer == "memory":
+            with pytest.raises(StaleWeightsError, match="came without files and is gone"):
+                asyncio.run(sampler.sample(PROMPT, max_new_tokens=4, seed=1))
+        else:
+            assert asyncio.run(sampler.sample(PROMPT, max_new_tokens=4, seed=1)) == before
+            assert len(server.asked("/reset_prefix_cache")) == len(orders[1]) + 1
 
 
 def test_other_ranks_sample_with_what_the_first_handed_over(untied, server, tmp_path, monkeypatch) -> None:

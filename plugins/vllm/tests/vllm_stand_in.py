@@ -123,7 +123,7 @@ class StandIn:
             if not self.knows_transfer:
                 return JSONResponse({"error": {"message": "no such method"}}, status_code=500)
             return JSONResponse({"results": [{"dtype": "float64", "device": "cpu"}]})
-        assert body["method"] == "reload_weights"
+        assert body["method"] in ("reload_weights", "reload_weights_of_all_layers")
         if not self.keeps_old_weights:
             state: dict[str, Any] = {}
             for file in sorted(Path(body["kwargs"]["weights_path"]).glob("*.safetensors")):

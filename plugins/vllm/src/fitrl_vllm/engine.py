@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 ADAPTER = "policy"
 """The name of the trained adapter on the engine."""
@@ -53,6 +53,10 @@ class Answer:
     finish_reason: str
 
 
+Revived = Literal["gone", "as it was", "perhaps anew"]
+"""An engine after a lost connection: without answer; with the weights that it had taken; perhaps without them."""
+
+
 class Engine(Protocol):
     """One vLLM engine. Coroutines run on the sampler's own event loop."""
 
@@ -84,8 +88,8 @@ class Engine(Protocol):
     async def wake(self) -> None:
         """Take it back."""
 
-    async def revive(self, *, is_dead: bool) -> bool:
-        """After a lost connection: wait until it answers, or start it again; False where neither can be.
+    async def revive(self, *, is_dead: bool) -> Revived:
+        """After a lost connection: wait until it answers, or start it again.
 
         Args:
             is_dead: it certainly is; else the connection may be all that was lost.

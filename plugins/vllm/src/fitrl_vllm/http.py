@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import httpx
 import tenacity
 
 from fitrl.errors import InvalidArgumentError
-from fitrl_vllm.engine import ADAPTER, Answer, Request
+from fitrl_vllm.engine import ADAPTER, Answer, Request, Revived
 from fitrl_vllm.errors import EngineDiedError, EngineError, EngineTimeoutError
 from fitrl_vllm.server import VLLMServer
 
@@ -20,6 +21,9 @@ TELL = "tell_of_weights"
 """What `fitrl_vllm_engine.worker` adds to the engine's workers."""
 
 _LOOK_S = 2.0
+_IDLE_S = 1.0
+"""After which a connection is not used again: vLLM closes it after 5 s, which are httpx's default, too, so that a
+request could meet the end of its connection."""
 _DEAD = "EngineCore"  # the server still answers when its engine is gone: with status 500, and this name
 
 
@@ -40,6 +44,7 @@ class ServerEngine:
         self._client: httpx.AsyncClient | None = None
         self._base: str | None = None
         self._context = 0
+        self._loaded_in: int | None = None  # which start of our own server has taken weights
 
     async def complete(self, request: Request, *, adapter: bool) -> list[Answer]:
         """Sample n completions by one request."""
@@ -91,13 +96,15 @@ class ServerEngine:
     async def load_adapter(self, folder: Path) -> None:
         """Load it in place. A folder that was not loaded before: cached prompts of an old one would stay in use."""
         body = {"lora_name": ADAPTER, "lora_path": str(folder), "load_inplace": True}
-        await self._order("/v1/load_lora_adapter", body)
+        with self._loading():
+            await self._order("/v1/load_lora_adapter", body)
 
     async def load_weights(self, folder: Path) -> None:
         """Load them by each worker, and forget the prompts that were computed with others."""
         method = RELOAD if self._server is not None else "reload_weights"
-        await self._order("/collective_rpc", {"method": method, "kwargs": {"weights_path": str(folder)}})
-        await self._forget_prompts()
+        with self._loading():
+            await self._order("/collective_rpc", {"method": method, "kwargs": {"weights_path": str(folder)}})
+            await self._forget_prompts()
 
     async def tell_of_weights(self) -> list[dict[str, str]]:
         """Asked of what `fitrl_vllm_engine` adds to the workers."""
@@ -114,12 +121,20 @@ class ServerEngine:
 
     async def receive(self, init_info: dict[str, Any] | None) -> None:
         """By vLLM's weight-transfer API."""
-        if init_info is not None:
-            await self._order("/init_weight_transfer_engine", {"init_info": init_info})
-        await self._order("/start_weight_update", None)
-        await self._order("/update_weights", {"update_info": {}})
-        await self._order("/finish_weight_update", {})
-        await self._forget_prompts()
+        with self._loading():
+            if init_info is not None:
+                await self._order("/init_weight_transfer_engine", {"init_info": init_info})
+            await self._order("/start_weight_update", None)
+            await self._order("/update_weights", {"update_info": {}})
+            await self._order("/finish_weight_update", {})
+            await self._forget_prompts()
+
+    @contextmanager
+    def _loading(self) -> Iterator[None]:
+        """Remember which start of our own server has taken the weights, once it has."""
+        self._loaded_in = None
+        yield
+        self._loaded_in = None if self._server is None else self._server.num_starts
 
     async def _forget_prompts(self) -> None:
         answer = await self._order("/reset_prefix_cache", None)
@@ -134,20 +149,20 @@ class ServerEngine:
         """Take weights and cache back to the device."""
         await self._order("/wake_up", None)
 
-    async def revive(self, *, is_dead: bool) -> bool:
+    async def revive(self, *, is_dead: bool) -> Revived:
         """Start our own server again, unless it is well; wait for anybody's."""
         await self.aclose()
         if self._server is not None:
             if is_dead or not await self._is_well():
                 await asyncio.to_thread(self._server.start)
-            return True
+            return "as it was" if self._server.num_starts == self._loaded_in else "perhaps anew"
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_result(lambda well: not well),
             wait=tenacity.wait_random_exponential(multiplier=0.1, max=5.0),
             stop=tenacity.stop_after_delay(self._timeout_s),
             retry_error_callback=lambda state: False,
         )
-        return bool(await retrying(self._is_well))
+        return "perhaps anew" if await retrying(self._is_well) else "gone"
 
     async def _is_well(self) -> bool:
         try:
@@ -218,7 +233,7 @@ class ServerEngine:
                 base_url=self._url,
                 headers=self._headers,
                 timeout=httpx.Timeout(self._timeout_s, connect=10.0),
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=_IDLE_S),
                 trust_env=False,
             )
         return self._client

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from fitrl.errors import InvalidArgumentError
-from fitrl_vllm.engine import ADAPTER, Answer, Request
+from fitrl_vllm.engine import ADAPTER, Answer, Request, Revived
 from fitrl_vllm.errors import EngineError
 
 
@@ -146,9 +146,9 @@ class InProcessEngine:
         async with self._turn:
             await asyncio.to_thread(self._llm.wake_up)
 
-    async def revive(self, *, is_dead: bool) -> bool:
+    async def revive(self, *, is_dead: bool) -> Revived:
         """An engine of this process does not lose its connection."""
-        return False
+        return "gone"
 
     async def aclose(self) -> None:
         """The engine is the user's."""

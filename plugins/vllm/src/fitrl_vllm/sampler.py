@@ -295,9 +295,10 @@ class VLLMSampler:
         async with self._reviving:
             if self._revivals == seen:
                 try:
-                    if not await self.engine.revive(is_dead=error.is_certain):
+                    revived = await self.engine.revive(is_dead=error.is_certain)
+                    if revived == "gone":
                         raise EngineError(f"the engine is gone: {error}") from error
-                    if self._served is not None:
+                    if revived == "perhaps anew" and self._served is not None:
                         await self._load_again(self._served)
                 except EngineDiedError:
                     await asyncio.sleep(_PAUSE_S)  # it was about to die; the next request finds it dead
