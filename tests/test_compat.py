@@ -11,6 +11,7 @@ import weakref
 import lightning
 import pytest
 import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 
@@ -406,3 +407,21 @@ def test_all_processes_share_the_data() -> None:
     assert strategy._data_parallel_size == 6
     _compat.set_data_parallel_size(strategy, 2)
     assert strategy._data_parallel_size == 3
+
+
+def test_lightning_evaluates_under_gloo_as_it_would_under_nccl(monkeypatch) -> None:
+    modes = []
+
+    class Evaluated(BoringModel):
+        def validation_step(self, batch, batch_idx):
+            modes.append(torch.is_inference_mode_enabled())
+
+    monkeypatch.setattr("lightning.pytorch.loops.utilities._distributed_is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_backend", lambda: "gloo")
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = lightning.Trainer(accelerator="cpu", limit_val_batches=1, enable_checkpointing=False, **quiet)
+    trainer.validate(Evaluated(), verbose=False)
+    with _compat.evaluating_as_with_nccl():
+        trainer.validate(Evaluated(), verbose=False)
+    trainer.validate(Evaluated(), verbose=False)
+    assert modes == [False, True, False]

@@ -12,6 +12,7 @@ from typing import Any
 import lightning
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loops import utilities
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import TrainerFn
@@ -154,6 +155,17 @@ def _is_no_epoch_note(record: logging.LogRecord) -> bool:
 
 # fit_rl validates when its caller says so
 warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no `val_dataloader`")
+
+
+@contextmanager
+def evaluating_as_with_nccl() -> Iterator[None]:
+    """Let Lightning evaluate in inference mode under gloo, too, where it takes `torch.no_grad` instead."""
+    asked = utilities._distributed_is_initialized
+    utilities._distributed_is_initialized = lambda: False
+    try:
+        yield
+    finally:
+        utilities._distributed_is_initialized = asked
 
 
 def epochs_processed(trainer: lightning.Trainer) -> int:

@@ -43,9 +43,6 @@ class FSDP2Strategy(PolicyVerbs, ModelParallelStrategy):
     of logits, go from rank to rank. For Qwen3 and Llama. Rollouts are made by each rank alone, with whole weights,
     which its device holds beside the pieces while it samples; a sampler given to `LocalTrainer` takes no such room.
 
-    Under a stock `lightning.Trainer` pass `inference_mode=False`, as `LocalTrainer` does: weights that were gathered in
-    inference mode cannot be trained on afterwards.
-
     Args:
         tensor_parallel_size: ranks that compute together; neighbours, which should be of one machine.
         reshard_after_forward: cut each layer again as soon as it has run (ZeRO-3), or keep it whole from the first
@@ -64,6 +61,7 @@ class FSDP2Strategy(PolicyVerbs, ModelParallelStrategy):
     """
 
     strategy_name = "fitrl_fsdp2"
+    evaluates_in_inference_mode = False
 
     def __init__(
         self,

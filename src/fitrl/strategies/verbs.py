@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -50,6 +51,9 @@ class PolicyVerbs(SessionStrategy):
     copies_in_memory: bool = False
     """Whether the network can be copied as it is; else a copy is loaded anew."""
 
+    evaluates_in_inference_mode: bool = True
+    """Whether Lightning may; not where weights are gathered, because those of inference mode cannot be trained on."""
+
     _accumulated: int = 0
 
     # -- ranks --------------------------------------------------------------------------------------------------
@@ -78,6 +82,13 @@ class PolicyVerbs(SessionStrategy):
         return fresh
 
     # -- Lightning's hooks, counted -----------------------------------------------------------------------------
+
+    @override
+    def setup(self, trainer: lightning.Trainer) -> None:
+        if not self.evaluates_in_inference_mode:
+            for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+                loop.inference_mode = False
+        super().setup(trainer)
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:

@@ -11,6 +11,7 @@ import pytest
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.strategies import Strategy
 
+from fitrl import _compat
 from fitrl.policy.module import PolicyModule
 from fitrl.testing.by_hand import ByHand
 from fitrl.testing.listeners import Hooks, Rows
@@ -120,7 +121,8 @@ class LightningContract(Contract):
         setup, hand = Setup(folder=folder), ByHand()
         loss, _ = first_step(2)
         module = self.module(setup)
-        [found] = self.trainer(setup).validate(module, dataloaders=Steps([2]), verbose=False)
+        with _compat.evaluating_as_with_nccl():
+            [found] = self.trainer(setup).validate(module, dataloaders=Steps([2]), verbose=False)
         assert found["val/loss/train"] == self.near(loss)
         rows = Rows()
         trainer = self.trainer(setup, logger=rows, max_epochs=2)

@@ -36,8 +36,6 @@ class DeepSpeedRLStrategy(PolicyVerbs, ZeroStrategy):
     other strategy of fitrl resumes. The embedded sampler needs whole weights: in stage 3 they are gathered for it when
     it is handed out and after each call, and cut again before the next step.
 
-    Under a stock `lightning.Trainer` pass `inference_mode=False`, as `DeepSpeedTrainer` does.
-
     Args:
         zero_stage: 1, 2 or 3.
         offload_optimizer: keep moments and the float32 originals in the host's memory, and step there.
@@ -51,6 +49,7 @@ class DeepSpeedRLStrategy(PolicyVerbs, ZeroStrategy):
     """
 
     strategy_name = "fitrl_deepspeed"
+    evaluates_in_inference_mode = False
     notes_steps = True  # gradients are in DeepSpeed's buffers, and their norm is known when the step is taken
 
     def __init__(
