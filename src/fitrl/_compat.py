@@ -160,12 +160,13 @@ warnings.filterwarnings("ignore", message="You defined a `validation_step` but h
 @contextmanager
 def evaluating_as_with_nccl() -> Iterator[None]:
     """Let Lightning evaluate in inference mode under gloo, too, where it takes `torch.no_grad` instead."""
-    asked = utilities._distributed_is_initialized
-    utilities._distributed_is_initialized = lambda: False
+    asking: Any = utilities
+    asked = asking._distributed_is_initialized
+    asking._distributed_is_initialized = lambda: False
     try:
         yield
     finally:
-        utilities._distributed_is_initialized = asked
+        asking._distributed_is_initialized = asked
 
 
 def epochs_processed(trainer: lightning.Trainer) -> int:

@@ -140,6 +140,69 @@ def test_lengths_say_where_histories_are(samples: list[Sample], window: int | No
         compare(attention.length_attention, row, places, gradient=False, window=window)
 
 
+def lengths_by_definition(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    begin: Tensor,
+    begin_k: Tensor,
+    longest: int,
+    longest_k: int,
+    **asked: Any,
+) -> Tensor:
+    """What the flash kernel computes: the last query of a segment is in one line with its last key."""
+    assert int(begin[-1]) == len(query) and int(begin_k[-1]) == len(key) == len(value)
+    assert begin.dtype == begin_k.dtype == torch.int32
+    left, right = asked["window_size"]
+    assert right == 0
+    groups = query.shape[1] // key.shape[1]
+    outputs = []
+    for a, b, c, d in zip(*(each.tolist() for each in (begin[:-1], begin[1:], begin_k[:-1], begin_k[1:])), strict=True):
+        assert b - a <= longest and d - c <= longest_k and b - a <= d - c
+        seen = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))
+        if left != -1:
+            seen = seen.triu(d - c - (b - a) - left)
+        heads = [each.transpose(0, 1) for each in (query[a:b], key[c:d], value[c:d])]
+        queries, keys, values = heads[0], *(each.repeat_interleave(groups, dim=0) for each in heads[1:])
+        logits = (queries @ keys.transpose(1, 2) * asked["scale"]).masked_fill(~seen, -torch.inf)
+        outputs.append((logits.softmax(-1) @ values).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@given(
+    trees(max_trajectories=4, max_histories=2),
+    st.integers(1, 4),
+    st.sampled_from([("dense", "packed"), ("dense", "shared"), ("flex", "shared"), ("length", "packed")]),
+    windows,
+)
+def test_stretches_of_a_row_add_up_to_it(
+    samples: list[Sample], count: int, how: tuple[str, str], window: int | None
+) -> None:
+    """Queries of a stretch against all keys, and what all stretches together say of the keys' gradients."""
+    kernel, layout = how
+    [batch] = pack(samples, layout=layout)  # type: ignore[arg-type]
+    multiple = count if kernel == "dense" else count * BLOCK
+    whole = PackedRow(batch.model_inputs, multiple_of=multiple)
+    rows = [PackedRow(batch.model_inputs, multiple_of=multiple, stretch=(number, count)) for number in range(count)]
+    heads = [each.requires_grad_(kernel != "flex") for each in heads_of(whole)]  # FlexAttention: no backward on a CPU
+    expected = attention.dense_attention(*heads, whole, scale=0.3, window=window)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "varlen_attn", lengths_by_definition)
+        patch.setattr(attention, "_compiled_flex_attention", lambda: flex_attention)
+        attend = getattr(attention, f"{kernel}_attention")
+        parts = [attend(heads[0][:, :, row.queries], *heads[1:], row, scale=0.3, window=window) for row in rows]
+
+    read = batch.num_positions  # what fills up the row is not compared
+    ours, expected = torch.cat(parts, dim=1)[:, :read], expected[:, :read]
+    assert torch.allclose(ours, expected, rtol=0, atol=1e-12)
+    if kernel != "flex":
+        weight = torch.cos(torch.arange(ours.numel())).view_as(ours)
+        gradients = [torch.autograd.grad((said * weight).sum(), heads) for said in (ours, expected)]
+        for mine, wanted in zip(*gradients, strict=True):
+            assert torch.allclose(mine, wanted, rtol=0, atol=1e-12)
+
+
 @given(trees(max_histories=2), st.sampled_from([1, BLOCK]))
 def test_parts_of_a_tree_add_up(samples: list[Sample], multiple_of: int) -> None:
     """The flash kernel needs a GPU: in its place its definition, forward and backward, in float64."""
@@ -170,6 +233,11 @@ def test_block_masks_are_those_of_the_dense_mask(samples: list[Sample], window: 
         assert torch.equal(some, holds) and torch.equal(whole, full)
     assert not (holds & ~some).any() and not (whole & ~full).any()
     assert torch.equal(blocks.to_dense()[0, 0].bool(), some)
+    count = row.length // BLOCK
+    [batch] = pack(samples, layout="shared")
+    for number in range(count):
+        part = PackedRow(batch.model_inputs, multiple_of=BLOCK, stretch=(number, count)).blocks(window)
+        assert torch.equal(part.to_dense()[0, 0].bool(), some[number : number + 1])
     assert blocks is row.blocks(window)  # made once
 
 
@@ -240,19 +308,27 @@ def test_gpu_kernels_compute_what_the_dense_mask_does(
         sample(token_history([*prompt, *[i] * (20 + 30 * i)], [0] * 200 + [1] * (20 + 30 * i))) for i in range(6)
     ]
     [batch] = pack(samples, layout=layout)  # type: ignore[arg-type]
-    row = PackedRow(batch.to("cuda").model_inputs, multiple_of=BLOCK)
+    inputs = batch.to("cuda").model_inputs
+    row = PackedRow(inputs, multiple_of=2 * BLOCK)
+    halves = [PackedRow(inputs, multiple_of=2 * BLOCK, stretch=(number, 2)) for number in (0, 1)]
     query, key, value = (heads.cuda() for heads in heads_of(row))
+
+    def by_halves(query: Tensor, key: Tensor, value: Tensor, row: PackedRow, **asked: Any) -> Tensor:
+        parts = [attention.attend(query[:, :, half.queries], key, value, half, **asked) for half in halves]
+        return torch.cat(parts, dim=1)
+
     weight = torch.randn(1, row.length, HEADS, SIZE, device="cuda", dtype=torch.float64)
     read = batch.num_positions  # what fills up the row is not compared
     weight[:, read:] = 0.0
     results = []
-    for kernel, kind in ((attention.dense_attention, torch.float64), (attention.attend, dtype)):
+    for kernel, kind in ((attention.dense_attention, torch.float64), (attention.attend, dtype), (by_halves, dtype)):
         leaves = [heads.to(kind).requires_grad_() for heads in (query, key, value)]
         out = kernel(*leaves, row, scale=0.3, window=window, softcap=softcap)
         results.append([out[:, :read], *torch.autograd.grad((out.double() * weight).sum(), leaves)])
-    for exact, ours in zip(*results, strict=True):
-        error = float((exact - ours.double()).norm() / exact.norm())
-        assert error < (1e-2 if dtype == torch.bfloat16 else 1e-3)
+    for exact, *found in zip(*results, strict=True):
+        for ours in found:
+            error = float((exact - ours.double()).norm() / exact.norm())
+            assert error < (1e-2 if dtype == torch.bfloat16 else 1e-3)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])

@@ -9,7 +9,7 @@ row's histories would alone; everything else, padded batches and sampling with a
 | CPU; float64; heads of fewer than 16 numbers          | a dense mask: the reference                 |
 | CUDA, 16-bit, nothing shared, logits not soft-capped  | flash attention over lengths                |
 | the same, one history of 8,192 tokens, on a Hopper    | cuDNN's attention                           |
-| CUDA, 16-bit, shared, no window and no soft cap       | flash attention by parts, `tree_attention`  |
+| CUDA, 16-bit, shared, whole, no window, no soft cap   | flash attention by parts, `tree_attention`  |
 | CUDA otherwise                                        | FlexAttention, compiled once for all shapes |
 
 All of it can be traced: a compiled decoder layer is one graph, its attention in the middle. So masks are made before
@@ -166,7 +166,7 @@ def attend(
     """Attention within a packed row, by the fastest kernel that computes what is asked for.
 
     Args:
-        query: [1, heads, L, D].
+        query: [1, heads, L, D], or `row.queries` of them.
         key: [1, key heads, L, D]; each serves as many query heads as there are more of them.
         value: [1, key heads, L, D].
         row: who sees whom.
@@ -175,7 +175,7 @@ def attend(
         window: how many positions a token sees, itself included; None: all of its history.
 
     Returns:
-        [1, L, heads, D].
+        [1, L, heads, D], as many as queries.
     """
     if torch.is_autocast_enabled(query.device.type):  # as it does for the stock attention
         dtype = torch.get_autocast_dtype(query.device.type)
@@ -207,7 +207,7 @@ def choose_kernel(
         return "causal"
     if row.crossings is None:
         return "lengths"
-    return "tree" if window is None else "flex"
+    return "tree" if window is None and not row.is_stretch else "flex"
 
 
 def dense_attention(
@@ -255,9 +255,12 @@ def length_attention(
     options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
     if _FLASH_IS_TOLD_OF_GROUPS:
         options["enable_gqa"] = query.shape[1] != key.shape[1]
+    # what lies behind the last query has no part, so that its gradient is zero, which the kernel would not write
+    key, value = key[:, :, : row.queries.stop], value[:, :, : row.queries.stop]
     query, key, value = (heads[0].transpose(0, 1) for heads in (query, key, value))
-    bounds = row.boundaries
-    attended: Any = varlen_attn(query, key, value, bounds, bounds, row.longest, row.longest, **options)
+    # of fewer queries than keys the kernel takes the last to be in one line
+    bounds = row.query_bounds, row.key_bounds
+    attended: Any = varlen_attn(query, key, value, *bounds, row.longest, row.longest, **options)
     return attended[None]  # type: ignore[no-any-return]
 
 
@@ -325,5 +328,5 @@ def prepare(row: PackedRow, network: Any) -> None:
         window = None if width is not None and width >= row.longest else width
         if device != "cuda":
             row.dense(window)
-        elif not flash or (row.crossings is not None and window is not None):
+        elif not flash or (row.crossings is not None and (window is not None or row.is_stretch)):
             row.blocks(window)

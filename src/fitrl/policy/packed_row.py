@@ -30,9 +30,23 @@ class PackedRow:
         inputs: a packed batch's.
         multiple_of: fill up the row to a multiple of this, with tokens that none of the others see and nobody reads.
         is_one_long_history: whether it holds a single history that is worth a kernel of its own.
+        stretch: a number and how many there are: the queries are this one of so many equal stretches of the row, the
+            keys are all of it. None: both are all of it.
+
+    Attributes:
+        queries: where in the row they are.
+        query_bounds: [S + 1] int32, where each segment begins among the queries.
+        key_bounds: [S + 1] int32, where it begins among the keys; up to the last query it ends where the queries do.
     """
 
-    def __init__(self, inputs: ModelInputs, *, multiple_of: int = 1, is_one_long_history: bool = False) -> None:
+    def __init__(
+        self,
+        inputs: ModelInputs,
+        *,
+        multiple_of: int = 1,
+        is_one_long_history: bool = False,
+        stretch: tuple[int, int] | None = None,
+    ) -> None:
         assert inputs.ends is not None and inputs.position_ids is not None  # a packed batch's
         length = inputs.ends.shape[1]
         self.length = -(-length // multiple_of) * multiple_of
@@ -53,6 +67,14 @@ class PackedRow:
                 queries, keys = self.longest_crossing
                 self.longest_crossing = max(queries, self.length - length), max(keys, self.length - length)
         self.is_one_long_history = is_one_long_history
+        self.queries, self.query_bounds, self.key_bounds = slice(0, self.length), self.boundaries, self.boundaries
+        self.is_stretch = stretch is not None
+        if stretch is not None:
+            number, count = stretch
+            first, behind = (self.length * place // count for place in (number, number + 1))
+            self.queries = slice(first, behind)
+            self.query_bounds = self.boundaries.clamp(first, behind) - first
+            self.key_bounds = self.boundaries.clamp(max=behind)
         self._dense: dict[int | None, Tensor] = {}
         self._blocks: dict[int | None, BlockMask] = {}
 
@@ -62,12 +84,13 @@ class PackedRow:
         return self.ends[None, None, None]
 
     def dense(self, window: int | None = None) -> Tensor:
-        """[L, L] bool, whether a query may see a key."""
+        """[queries, L] bool, whether a query may see a key."""
         if window not in self._dense:
             place, position = torch.arange(self.length, device=self.ends.device), self.position_ids[0]
-            allowed = (place <= place[:, None]) & (place[:, None] < self.ends)
+            query = place[self.queries, None]
+            allowed = (place <= query) & (query < self.ends)
             if window is not None:
-                allowed &= position[:, None] - position < window
+                allowed &= position[self.queries, None] - position < window
             self._dense[window] = allowed
         return self._dense[window]
 
@@ -81,7 +104,10 @@ class PackedRow:
         from torch.nn.attention.flex_attention import BlockMask
 
         ends, positions = self.ends.int(), self.position_ids[0].int()
-        some, whole = _visible_blocks(self.ends, self.position_ids[0], window)
+        own = slice(self.queries.start // BLOCK, self.queries.stop // BLOCK)
+        some, whole = (blocks[own] for blocks in _visible_blocks(self.ends, self.position_ids[0], window))
+        # a tensor, because a number would be compiled in
+        places = torch.arange(self.queries.start, self.queries.stop, dtype=torch.int32, device=ends.device)
 
         def allow(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return (key <= query) & (query < ends[key])
@@ -90,24 +116,30 @@ class PackedRow:
             assert window is not None  # else it is `allow`
             return allow(batch, head, query, key) & (positions[query] - positions[key] < window)
 
+        seen = allow if window is None else allow_near
+
+        def seen_from(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return seen(batch, head, places[query], key)
+
         return BlockMask.from_kv_blocks(
             *_in_order(some & ~whole),
             *_in_order(whole),
             BLOCK_SIZE=BLOCK,
-            mask_mod=allow if window is None else allow_near,
-            seq_lengths=(self.length, self.length),
+            mask_mod=seen_from if self.is_stretch else seen,
+            seq_lengths=(self.queries.stop - self.queries.start, self.length),
         )
 
 
 def as_packed(inputs: ModelInputs) -> ModelInputs:
-    """A padded batch of one history as a packed one; nothing is copied from the host."""
-    length, device = inputs.input_ids.shape[1], inputs.input_ids.device
+    """A padded batch [B, L] as a packed one [1, B L], padding and all; nothing is copied from the host."""
+    (rows, length), device = inputs.input_ids.shape, inputs.input_ids.device
+    boundaries = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=device)
     return ModelInputs(
-        input_ids=inputs.input_ids,
-        position_ids=torch.arange(length, device=device)[None],
-        segment_ids=inputs.segment_ids,
-        ends=torch.full((1, length), length, device=device),
-        boundaries=torch.arange(0, 2 * length, length, dtype=torch.int32, device=device),
+        input_ids=inputs.input_ids.view(1, -1),
+        position_ids=torch.arange(length, device=device).repeat(rows)[None],
+        segment_ids=inputs.segment_ids.view(1, -1),
+        ends=boundaries[1:].long().repeat_interleave(length)[None],
+        boundaries=boundaries,
         longest=length,
     )
 

@@ -27,7 +27,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from torchtitan.distributed.utils import set_spmd_backend
 from torchtitan.models.common import CosSinRoPE, Embedding, Linear
-from torchtitan.models.common.attention import FlexAttention, create_attention_mask
+from torchtitan.models.common.attention import FlexAttention
 from torchtitan.models.common.nn_modules import RMSNorm
 from torchtitan.models.qwen3 import _build_qwen3_layers, parallelize_qwen3
 from torchtitan.models.qwen3.model import Qwen3Model
@@ -58,9 +58,10 @@ class Degrees:
 
 
 class PackedAttention(FlexAttention):
-    """Attention over a row of several histories by fitrl's kernels; FlexAttention where the row is cut over ranks.
+    """Attention over a row of several histories, or over a stretch of it, by fitrl's kernels.
 
-    A subclass, because torchtitan's context parallel asks for FlexAttention by its type.
+    A subclass, because torchtitan's context parallel asks for FlexAttention by its type. That one is compiled for each
+    length, each time with a search for the fastest kernel, which batches of any length never stop waiting for.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -73,7 +74,7 @@ class PackedAttention(FlexAttention):
         k_BLNH: Tensor,  # noqa: N803
         v_BLNH: Tensor,  # noqa: N803
         *,
-        attention_masks: Any = None,
+        attention_masks: PackedRow | None = None,
         scale: float | None = None,
         enable_gqa: bool = False,
         **options: Any,
@@ -84,26 +85,20 @@ class PackedAttention(FlexAttention):
             q_BLNH: [B, L, heads, D].
             k_BLNH: [B, L, key heads, D].
             v_BLNH: [B, L, key heads, D].
-            attention_masks: a `PackedRow`; None: causal; [L, keys] bool; a block mask.
+            attention_masks: None: causal.
             scale: of the logits.
             enable_gqa: whether there are fewer key heads.
-            **options: of FlexAttention.
+            **options: of FlexAttention, which asks for none of them here.
         """
-        if not (attention_masks is None or isinstance(attention_masks, PackedRow | Tensor)):
-            found: Tensor = super().forward(
-                q_BLNH, k_BLNH, v_BLNH, attention_masks=attention_masks, scale=scale, enable_gqa=enable_gqa, **options
-            )
-            return found
         query, key, value = (heads.transpose(1, 2) for heads in (q_BLNH, k_BLNH, v_BLNH))
-        if isinstance(attention_masks, PackedRow):
+        if attention_masks is not None:
             size = query.shape[-1] ** -0.5 if scale is None else scale
             return attend(query, key, value, attention_masks, scale=size)
         return scaled_dot_product_attention(
             query,
             key,
             value,
-            attn_mask=attention_masks,
-            is_causal=attention_masks is None,
+            is_causal=True,
             scale=scale,
             enable_gqa=enable_gqa,
         ).transpose(1, 2)
@@ -296,15 +291,6 @@ class TitanNetwork:
     def load_hf(self, state: Mapping[str, Tensor]) -> None:
         """Set all weights from some under transformers' names, cut as this rank's are."""
         self.module.load_state_dict(self._adapter.from_hf(dict(state)))
-
-
-def block_mask(ends: Tensor, start: int, size: int) -> Any:
-    """Which keys of a whole row [L] the queries from `start` on may see: `key <= query < ends[key]`; CUDA only."""
-
-    def allow(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query + start) & (query + start < ends[key])
-
-    return create_attention_mask(allow, 1, None, size, len(ends), device=ends.device)
 
 
 def _keys_and_values(key: Tensor, value: Tensor, dimension: int, group_name: str) -> tuple[Tensor, Tensor]:

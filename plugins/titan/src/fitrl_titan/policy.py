@@ -20,9 +20,9 @@ from fitrl.data.batch import ModelInputs
 from fitrl.errors import UnsupportedError
 from fitrl.objective.vocabulary_shard import VocabularyShard
 from fitrl.policy.attention import attention_kernels, prepare
-from fitrl.policy.packed_row import BLOCK, PackedRow
+from fitrl.policy.packed_row import BLOCK, PackedRow, as_packed
 from fitrl.policy.policy import Policy
-from fitrl_titan.components import TitanNetwork, block_mask
+from fitrl_titan.components import TitanNetwork
 from fitrl_titan.gathering import counted_once, gather
 
 
@@ -88,44 +88,30 @@ class TitanPolicy(Policy):
 
     def hidden_of(self, inputs: ModelInputs) -> Tensor:
         """Last hidden states [B, L, H] of a batch; a packed row may go on behind its tokens."""
-        device = inputs.input_ids.device
+        device, mesh = inputs.input_ids.device, self.titan.mesh
+        stretch = None if mesh is None else (mesh.get_local_rank(), mesh.size())
         row = None
-        if inputs.ends is not None and self.titan.mesh is None:
-            row = PackedRow(inputs, multiple_of=self._multiple(device))
+        if inputs.ends is not None or mesh is not None:
+            packed = as_packed(inputs) if inputs.ends is None else inputs
+            row = PackedRow(packed, multiple_of=self._multiple(device), stretch=stretch)
             prepare(row, self.empty)
         # torchtitan's mixed precision is in its weights
         with attention_kernels(device), torch.autocast(device.type, enabled=False):
-            if row is not None:
-                return self.titan.hidden(row.input_ids, row.position_ids, row)
-            return self._padded(inputs) if self.titan.mesh is None else self._stretches(inputs)
+            if row is None:
+                return self._padded(inputs)
+            hidden = self.titan.hidden(row.input_ids[:, row.queries], row.position_ids[:, row.queries], row)
+            if mesh is not None:
+                hidden = gather(hidden, mesh.get_group(), 1)
+        if inputs.ends is not None:
+            return hidden
+        (rows, length), size = inputs.input_ids.shape, hidden.shape[-1]
+        return hidden[:, : rows * length].reshape(rows, length, size)
 
     def _padded(self, inputs: ModelInputs) -> Tensor:
         """Each history in a row of its own, the padding out of sight behind it."""
         length = inputs.input_ids.shape[1]
         more = -length % dist.get_world_size(self.sharing)
         return self.titan.hidden(pad(inputs.input_ids, (0, more)), None, None)[:, :length].contiguous()
-
-    def _stretches(self, inputs: ModelInputs) -> Tensor:
-        """Each rank runs a stretch of every row, and all get the whole."""
-        assert self.titan.mesh is not None
-        tokens, device = inputs.input_ids, inputs.input_ids.device
-        length = tokens.shape[1]
-        more = -length % self._multiple(device)
-        whole = length + more
-        ends = torch.full((whole,), whole, device=device)
-        positions = torch.arange(whole, device=device)[None]
-        if inputs.ends is not None and inputs.position_ids is not None:
-            ends[:length] = inputs.ends[0]
-            positions[:, :length] = inputs.position_ids
-            positions[:, length:] = 0
-        positions = positions.expand(len(tokens), -1)
-        group = self.titan.mesh.get_group()
-        size = whole // group.size()
-        start = size * group.rank()
-        own = slice(start, start + size)
-        mask = block_mask(ends, start, size) if device.type == "cuda" else _dense(ends, start, size)
-        hidden = self.titan.hidden(pad(tokens, (0, more))[:, own], positions[:, own], mask)
-        return gather(hidden, group, 1)[:, :length].contiguous()
 
     def _multiple(self, device: torch.device) -> int:
         """What the length of a row has to be a multiple of, for the ranks to share it and for the kernels."""
@@ -151,9 +137,3 @@ class TitanPolicy(Policy):
     def own_logits(self, hidden: Tensor) -> Tensor:
         """Logits [T, V] of hidden states [T, H]."""
         return self.logits(hidden)
-
-
-def _dense(ends: Tensor, start: int, size: int) -> Tensor:
-    """[size, L] bool: whether a query from `start` on may see a key."""
-    query = torch.arange(start, start + size, device=ends.device)[:, None]
-    return (torch.arange(len(ends), device=ends.device) <= query) & (query < ends)
