@@ -7,55 +7,30 @@ wait until no completion is under way, and completions wait until the new weight
 from __future__ import annotations
 
 import asyncio
-import secrets
-import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar, get_args
 
-import torch
 from torch import Tensor
 
 from fitrl import Completion, TrainableModel, load_tokenizer
-from fitrl.data import ranks
 from fitrl.errors import InvalidArgumentError, SamplerError
 from fitrl.rollout.own_loop import OwnLoop
 from fitrl.rollout.sampler import Score, check_sampling
 from fitrl_vllm.engine import Answer, Engine, Request
-from fitrl_vllm.errors import EngineDiedError, EngineError, StaleWeightsError
+from fitrl_vllm.errors import EngineError
 from fitrl_vllm.http import ServerEngine
-from fitrl_vllm.probe import Probe, must_have_stayed
+from fitrl_vllm.probe import Probe
+from fitrl_vllm.served import ServedWeights
 from fitrl_vllm.server import VLLMServer
-from fitrl_vllm.transfer import Way, sender_of
-from fitrl_vllm.turns import Turns
-from fitrl_vllm.weights import remove, write_adapter, write_model
+from fitrl_vllm.transfer import Way
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _T = TypeVar("_T")
-_REVIVALS = 3
-_PAUSE_S = 1.0
-
-
-@dataclass(slots=True, kw_only=True)
-class _Served:
-    """Weights that the engine was handed.
-
-    Attributes:
-        folder: where they were written; a restarted engine takes them from there. None: they came without files.
-        version: of the policy.
-        trainers: [T - 1] float32 logprobs of the probe, by the trainer; None: it was not asked, or did not say yet.
-        engines: the same, by the engine; None until it was proven.
-    """
-
-    folder: Path | None
-    version: int
-    trainers: Tensor | None = None
-    engines: Tensor | None = None
 
 
 class VLLMSampler:
@@ -120,30 +95,30 @@ class VLLMSampler:
             if isinstance(engine, str | VLLMServer)
             else engine
         )
-        self._probe = Probe(self.tokenizer, tolerance)
-        self._folders = tempfile.TemporaryDirectory(prefix="fitrl-vllm-", dir=transfer_dir)
-        self._sender = sender_of(transfer)
-        self._version = 0
-        self._served: _Served | None = None
-        self._broken: str | None = None
         self._loop = OwnLoop("fitrl-vllm")
+        self._probe = Probe(self.tokenizer, tolerance)
+        self._weights = ServedWeights(
+            self.engine,
+            self._loop,
+            self._probe,
+            lora=model.lora,
+            transfer=transfer,
+            transfer_dir=transfer_dir,
+            timeout_s=timeout_s,
+        )
         self._closed = False
-        self._turns = Turns()
-        self._reviving = asyncio.Lock()
         self._checking = asyncio.Lock()
-        self._revivals = 0
         self._tells_temperature: bool | None = None
-        self._asleep = False
 
     @property
     def version(self) -> int:
         """Policy version of the weights that were proven last."""
-        return self._version
+        return self._weights.version
 
     @property
     def is_open(self) -> bool:
         """Whether completions start at once, and do not wait for an exchange of weights or for `wake`."""
-        return self._turns.is_open
+        return self._weights.is_open
 
     async def sample(
         self,
@@ -183,7 +158,8 @@ class VLLMSampler:
 
     def update(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Take weights from a trainer that cannot be asked for scores: that they answer is not proven then."""
-        self._exchange(weights, version, None)
+        self._refuse_if_closed()
+        self._weights.exchange(weights, version, None)
 
     def update_proven(self, weights: Iterable[tuple[str, Tensor]], version: int, score: Score) -> None:
         """Take weights, and prove that they answer; see `fitrl.rollout.sampler.ProvesWeights`.
@@ -191,25 +167,24 @@ class VLLMSampler:
         Raises:
             StaleWeightsError: other weights answer.
         """
-        self._exchange(weights, version, score)
+        self._refuse_if_closed()
+        self._weights.exchange(weights, version, score)
 
     def sleep(self) -> None:
         """Give the device's memory to a trainer that shares it; completions wait until `wake`."""
         self._refuse_if_closed()
-        self._loop.wait_for(self._sleep())
+        self._loop.wait_for(self._weights.sleep())
 
     def wake(self) -> None:
         """Take the memory back and go on."""
         self._refuse_if_closed()
-        self._loop.wait_for(self._wake())
+        self._loop.wait_for(self._weights.wake())
 
     def close(self) -> None:
         """End the thread and close connections; a server stays, whoever started it ends it."""
         self._closed = True
         self._loop.close(self.engine.aclose)
-        if self._sender is not None:
-            self._sender.close()
-        self._folders.cleanup()
+        self._weights.close()
 
     def __enter__(self) -> Self:
         return self
@@ -222,10 +197,8 @@ class VLLMSampler:
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[int]:
         """The version that answers while the block runs; on the sampler's loop."""
-        async with self._turns.completing():
-            if self._broken is not None:
-                raise StaleWeightsError(self._broken)
-            yield self._version
+        async with self._weights.turn() as version:
+            yield version
 
     async def _sample(self, request: Request) -> list[Completion]:
         async with self.turn() as version:
@@ -283,160 +256,9 @@ class VLLMSampler:
 
     async def surviving(self, ask: Callable[[], Awaitable[_T]]) -> _T:
         """Ask; an engine that died on it is brought back, with the newest weights, and asked again."""
-        for _ in range(_REVIVALS):
-            seen = self._revivals
-            try:
-                return await ask()
-            except EngineDiedError as error:
-                await self._revive(seen, error)
-        raise EngineError(f"the engine died {_REVIVALS} times on one request")
-
-    async def _revive(self, seen: int, error: EngineDiedError) -> None:
-        async with self._reviving:
-            if self._revivals == seen:
-                try:
-                    revived = await self.engine.revive(is_dead=error.is_certain)
-                    if revived == "gone":
-                        raise EngineError(f"the engine is gone: {error}") from error
-                    if revived == "perhaps anew" and self._served is not None:
-                        await self._load_again(self._served)
-                except EngineDiedError:
-                    await asyncio.sleep(_PAUSE_S)  # it was about to die; the next request finds it dead
-                except StaleWeightsError as stale:
-                    self._broken = str(stale)
-                    raise
-                else:
-                    self._revivals += 1
-            elif self._broken is not None:  # another request has seen to it
-                raise StaleWeightsError(self._broken)
-
-    async def _load_again(self, served: _Served) -> None:
-        if served.folder is None:
-            raise StaleWeightsError(
-                f"the engine died and was started again, version {served.version} of the weights came without files "
-                "and is gone: hand over newer ones, which fit_rl does, or take transfer='folder'"
-            )
-        await self._load(served.folder)
-        self._probe.compare(served.trainers, await self._said())
-
-    # -- weights ------------------------------------------------------------------------------------------------
+        return await self._weights.surviving(ask)
 
     @property
     def has_adapter(self) -> bool:
         """Whether an adapter answers, and not the base model."""
-        return self.model.lora is not None and self._served is not None
-
-    def _exchange(self, weights: Iterable[tuple[str, Tensor]], version: int, score: Score | None) -> None:
-        self._refuse_if_closed()
-        folder: Path | None = None
-        if self._sender is None:
-            here = Path(self._folders.name) / f"{version:06d}-{secrets.token_hex(4)}"
-            folder = Path(ranks.first(lambda: str(here)))
-        served = _Served(folder=folder, version=version)
-        trainers: Future[Tensor | None] = Future()
-        taking: Future[None] | None = None
-        failure: Exception | None = None
-        try:
-            try:
-                if ranks.rank() == 0:
-                    if folder is not None:
-                        self._write(folder, weights)
-                    taking = self._loop.spawn(self._take(served, trainers))
-                    if self._sender is not None:
-                        self._sender.send(weights, _check(taking))
-            except Exception as error:
-                failure = error
-            for _ in weights:  # a collective: every rank drains it, whatever happened to the first
-                pass
-            # the trainer is asked while the engine loads
-            trainers.set_result(score(self._probe.token_ids).float().cpu() if score is not None else None)
-            if taking is not None and failure is None:
-                taking.result()
-        except Exception as error:
-            failure = failure or error
-        finally:
-            if taking is not None:  # also after Ctrl-C
-                taking.cancel()
-        ranks.settle(failure)
-        if ranks.rank() != 0:
-            served.trainers = trainers.result()
-            self._served = served  # the first one's engine is everyone's
-        self._version = version
-
-    def _write(self, folder: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
-        if self.model.lora is not None:
-            write_adapter(folder, weights, self.model.lora)
-        else:
-            write_model(folder, weights)
-
-    async def _take(self, served: _Served, trainers: Future[Tensor | None]) -> None:
-        """Load weights while nothing is sampled, and prove them; they are the newest then."""
-        self._turns.close()
-        before = self._served
-        try:
-            if self._asleep:
-                await self.engine.wake()
-                self._asleep = False
-            await self._turns.idle(self.timeout_s)
-            self._broken = (
-                f"version {served.version} of the weights was handed over and not proven; hand over newer ones"
-            )
-            await self._put_in_place(served, before)
-            served.trainers = await asyncio.wrap_future(trainers)
-            said = await self.surviving(self._said)
-            if before is not None and before.engines is not None and torch.equal(said, before.engines):
-                must_have_stayed(before.trainers, served.trainers, served.version)
-            self._probe.compare(served.trainers, said)
-            served.engines = said
-            self._broken = None
-            self._version = served.version
-        finally:
-            self._turns.open()
-
-    async def _put_in_place(self, served: _Served, before: _Served | None) -> None:
-        if self._sender is None:
-            assert served.folder is not None
-            folder = served.folder
-            self._served = served  # for an engine that dies on it
-            await asyncio.gather(self.surviving(lambda: self._load(folder)), asyncio.to_thread(_forget, before))
-            return
-        self._served = None  # an engine that has died meanwhile is started again, and needs no old ones
-        workers = await self.surviving(self.engine.tell_of_weights)
-        self._served = served
-        await self.engine.receive(self._sender.prepare(workers, self._revivals))
-
-    async def _load(self, folder: Path) -> None:
-        if self.model.lora is not None:
-            await self.engine.load_adapter(folder)
-        else:
-            await self.engine.load_weights(folder)
-
-    async def _said(self) -> Tensor:
-        return await self._probe.score(self.engine, adapter=self.has_adapter)
-
-    async def _sleep(self) -> None:
-        self._turns.close()
-        await self._turns.idle()
-        await self.engine.sleep()
-        self._asleep = True
-
-    async def _wake(self) -> None:
-        await self.engine.wake()
-        self._asleep = False
-        self._turns.open()
-
-
-def _forget(served: _Served | None) -> None:
-    if served is not None and served.folder is not None:
-        remove(served.folder)
-
-
-def _check(taking: Future[None]) -> Callable[[], None]:
-    """What raises once the engine is not taking weights any more."""
-
-    def check() -> None:
-        if taking.done():
-            taking.result()
-            raise EngineError("the engine ended before all weights had come")
-
-    return check
+        return self._weights.has_adapter
