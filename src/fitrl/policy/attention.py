@@ -255,8 +255,8 @@ def length_attention(
     options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
     if _FLASH_IS_TOLD_OF_GROUPS:
         options["enable_gqa"] = query.shape[1] != key.shape[1]
-    # what lies behind the last query has no part, so that its gradient is zero, which the kernel would not write
-    key, value = key[:, :, : row.queries.stop], value[:, :, : row.queries.stop]
+    if row.is_stretch:  # what lies behind it has no part: its gradient is zero, which the kernel would not write
+        key, value = key[:, :, : row.behind], value[:, :, : row.behind]
     query, key, value = (heads[0].transpose(0, 1) for heads in (query, key, value))
     # of fewer queries than keys the kernel takes the last to be in one line
     bounds = row.query_bounds, row.key_bounds

@@ -34,7 +34,8 @@ class PackedRow:
             keys are all of it. None: both are all of it.
 
     Attributes:
-        queries: where in the row they are.
+        first: the first query; compiled layers read numbers, which a compiler may take for unknown, and no slices.
+        behind: the place behind the last one.
         query_bounds: [S + 1] int32, where each segment begins among the queries.
         key_bounds: [S + 1] int32, where it begins among the keys; up to the last query it ends where the queries do.
     """
@@ -67,16 +68,21 @@ class PackedRow:
                 queries, keys = self.longest_crossing
                 self.longest_crossing = max(queries, self.length - length), max(keys, self.length - length)
         self.is_one_long_history = is_one_long_history
-        self.queries, self.query_bounds, self.key_bounds = slice(0, self.length), self.boundaries, self.boundaries
+        self.first, self.behind = 0, self.length
+        self.query_bounds = self.key_bounds = self.boundaries
         self.is_stretch = stretch is not None
         if stretch is not None:
             number, count = stretch
-            first, behind = (self.length * place // count for place in (number, number + 1))
-            self.queries = slice(first, behind)
-            self.query_bounds = self.boundaries.clamp(first, behind) - first
-            self.key_bounds = self.boundaries.clamp(max=behind)
+            self.first, self.behind = (self.length * place // count for place in (number, number + 1))
+            self.query_bounds = self.boundaries.clamp(self.first, self.behind) - self.first
+            self.key_bounds = self.boundaries.clamp(max=self.behind)
         self._dense: dict[int | None, Tensor] = {}
         self._blocks: dict[int | None, BlockMask] = {}
+
+    @property
+    def queries(self) -> slice:
+        """Where in the row they are."""
+        return slice(self.first, self.behind)
 
     @property
     def mask(self) -> Tensor:
@@ -104,10 +110,10 @@ class PackedRow:
         from torch.nn.attention.flex_attention import BlockMask
 
         ends, positions = self.ends.int(), self.position_ids[0].int()
-        own = slice(self.queries.start // BLOCK, self.queries.stop // BLOCK)
+        own = slice(self.first // BLOCK, self.behind // BLOCK)
         some, whole = (blocks[own] for blocks in _visible_blocks(self.ends, self.position_ids[0], window))
         # a tensor, because a number would be compiled in
-        places = torch.arange(self.queries.start, self.queries.stop, dtype=torch.int32, device=ends.device)
+        places = torch.arange(self.first, self.behind, dtype=torch.int32, device=ends.device)
 
         def allow(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return (key <= query) & (query < ends[key])
@@ -126,7 +132,7 @@ class PackedRow:
             *_in_order(whole),
             BLOCK_SIZE=BLOCK,
             mask_mod=seen_from if self.is_stretch else seen,
-            seq_lengths=(self.queries.stop - self.queries.start, self.length),
+            seq_lengths=(self.behind - self.first, self.length),
         )
 
 
