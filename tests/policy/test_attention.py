@@ -169,19 +169,44 @@ def lengths_by_definition(
     return torch.cat(outputs)
 
 
+def lengthened(samples: list[Sample], times: int) -> list[Sample]:
+    """The same trees with each token so many times."""
+    longer = [
+        [[i for i in history.token_ids.tolist() for _ in range(times)] for history in one.histories] for one in samples
+    ]
+    return [sample(*(token_history(ids, [0] + [1] * (len(ids) - 1)) for ids in histories)) for histories in longer]
+
+
+def test_a_padded_batch_is_a_packed_row_of_its_histories() -> None:
+    lengths = (5, 9, 3)
+    samples = [sample(token_history(range(1, n + 1), [0] + [1] * (n - 1))) for n in lengths]
+    [batch] = pack(samples, layout="padded")
+    inputs = batch.model_inputs
+    (rows, length), row = inputs.input_ids.shape, PackedRow(as_packed(inputs))
+    assert rows == 3 and row.input_ids.tolist() == [inputs.input_ids.flatten().tolist()]
+    assert row.position_ids.tolist() == [list(range(length)) * rows]
+    apart = torch.block_diag(*[torch.ones(length, length).tril()] * rows).bool()
+    assert torch.equal(row.dense(), apart) and row.boundaries.tolist() == [0, length, 2 * length, 3 * length]
+    halves = [PackedRow(as_packed(inputs), multiple_of=2, stretch=(number, 2)).dense() for number in (0, 1)]
+    assert torch.equal(torch.cat(halves)[: len(apart), : len(apart)], apart)
+
+
 @given(
     trees(max_trajectories=4, max_histories=2),
     st.integers(1, 4),
     st.sampled_from([("dense", "packed"), ("dense", "shared"), ("flex", "shared"), ("length", "packed")]),
-    windows,
+    st.sampled_from([None, 1, 2, 7, 100]),
+    st.integers(1, 90),
 )
 def test_stretches_of_a_row_add_up_to_it(
-    samples: list[Sample], count: int, how: tuple[str, str], window: int | None
+    samples: list[Sample], count: int, how: tuple[str, str], window: int | None, longer: int
 ) -> None:
     """Queries of a stretch against all keys, and what all stretches together say of the keys' gradients."""
     kernel, layout = how
+    if kernel == "flex":  # so that there are tokens in more than the first block
+        samples = lengthened(samples, longer)
     [batch] = pack(samples, layout=layout)  # type: ignore[arg-type]
-    multiple = count if kernel == "dense" else count * BLOCK
+    multiple = count * BLOCK if kernel == "flex" else count
     whole = PackedRow(batch.model_inputs, multiple_of=multiple)
     rows = [PackedRow(batch.model_inputs, multiple_of=multiple, stretch=(number, count)) for number in range(count)]
     heads = [each.requires_grad_(kernel != "flex") for each in heads_of(whole)]  # FlexAttention: no backward on a CPU
@@ -216,12 +241,8 @@ def test_parts_of_a_tree_add_up(samples: list[Sample], multiple_of: int) -> None
 
 
 @given(trees(max_histories=2), st.sampled_from([None, 2, 100, 200]), st.integers(1, 90))
-def test_block_masks_are_those_of_the_dense_mask(samples: list[Sample], window: int | None, stretch: int) -> None:
-    longer = [  # so that there are blocks
-        [[i for i in history.token_ids.tolist() for _ in range(stretch)] for history in one.histories]
-        for one in samples
-    ]
-    samples = [sample(*(token_history(ids, [0] + [1] * (len(ids) - 1)) for ids in histories)) for histories in longer]
+def test_block_masks_are_those_of_the_dense_mask(samples: list[Sample], window: int | None, times: int) -> None:
+    samples = lengthened(samples, times)  # so that there are blocks
     row, _ = row_of(samples, multiple_of=BLOCK)
     dense = row.dense(window).view(row.length // BLOCK, BLOCK, -1, BLOCK)
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import fitrl
+from fitrl.data import ranks
 from fitrl.demo import TASKS, correct
 from fitrl_titan import TitanTrainer
 from samples import make_groups
@@ -58,6 +59,18 @@ def _numbers(trainer: Any, model: fitrl.TrainableModel, seed: int, **arguments: 
     return [metrics["loss/train"], metrics["loss/grad_norm"]]
 
 
+def padded_norm(trainer: Any, model: fitrl.TrainableModel) -> float:
+    """Norm of the gradient of two padded batches of several histories each, by the verbs."""
+    samples = fitrl.build_samples(make_groups(seed=9), fitrl.load_tokenizer("tiny"))
+    batches = fitrl.pack(samples.flat, num_batches=2, layout="padded")
+    assert all(len(batch.model_inputs.input_ids) > 1 for batch in batches)
+    verbs, size = trainer.open(model), ranks.num_data_ranks()
+    for batch in batches[ranks.rank() * size // ranks.world_size() :: size]:
+        verbs.forward_backward(batch)
+    norm: float = verbs.optim_step(learning_rate=1e-3).grad_norm
+    return norm
+
+
 def trainer_of(**options: Any) -> TitanTrainer:
     return TitanTrainer(
         accelerator=ACCELERATOR, devices=2, gradient_clip_val=0.5, enable_model_summary=False, **options
@@ -71,7 +84,7 @@ def model_of(root: Path, project: str, name: str) -> fitrl.TrainableModel:
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    seen: dict[str, Any] = {"train": {}, "resumed": {}, "logits": {}, "sampled": {}}
+    seen: dict[str, Any] = {"train": {}, "resumed": {}, "logits": {}, "padded": {}, "sampled": {}}
     for name, options in CASES.items():
         model = model_of(folder, "train", name.replace(", ", "-"))
         with trainer_of(**options) as trainer:
@@ -83,6 +96,7 @@ def main() -> None:
         with trainer_of(**options) as trainer:
             seen["resumed"][name] = _numbers(trainer, model, 7)
             seen["logits"][name] = _numbers(trainer, model, 8, objective=Squared(), save_checkpoint=False)
+            seen["padded"][name] = padded_norm(trainer, model)
         model = model_of(folder, "sampled", name)
         with trainer_of(**options) as trainer:
             rows = []

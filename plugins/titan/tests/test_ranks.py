@@ -20,7 +20,7 @@ from distributed.launch import environment, standalone
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-from ranks_worker import ACCELERATOR, CASES, RESUMED, Squared, _numbers, model_of, teach  # noqa: E402
+from ranks_worker import ACCELERATOR, CASES, RESUMED, Squared, _numbers, model_of, padded_norm, teach  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -62,7 +62,8 @@ def alone(seen) -> dict[str, Any]:
         model = model_of(seen["folder"], "start", "full")  # goes on where the ranks have resumed
         resumed = _numbers(trainer, model, 7)
         logits = _numbers(trainer, model, 8, objective=Squared(), save_checkpoint=False)
-    return {"taught": taught, "resumed": resumed, "logits": logits}
+        padded = padded_norm(trainer, model)
+    return {"taught": taught, "resumed": resumed, "logits": logits, "padded": padded}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -114,6 +115,12 @@ def test_what_the_ranks_saved_one_process_resumes(seen, alone, way) -> None:
 def test_an_objective_over_logits_has_the_gradient_of_one_process(seen, alone, way) -> None:
     first, second = (rank["logits"][way] for rank in seen["ranks"])
     assert first == second == pytest.approx(alone["logits"], rel=1e-3)
+
+
+@pytest.mark.parametrize("way", RESUMED)
+def test_padded_batches_have_the_gradient_of_one_process(seen, alone, way) -> None:
+    first, second = (rank["padded"][way] for rank in seen["ranks"])
+    assert first == second == pytest.approx(alone["padded"], rel=1e-3)
 
 
 @pytest.mark.parametrize("way", RESUMED)

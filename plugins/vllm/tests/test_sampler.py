@@ -13,6 +13,8 @@ import fitrl
 from fitrl.errors import InvalidArgumentError, SamplerError, UnsupportedError
 from fitrl.rollout.sampler import ProvesWeights
 from fitrl_vllm import EngineError, EngineTimeoutError, StaleWeightsError, VLLMSampler, VLLMServer
+from fitrl_vllm.errors import EngineDiedError
+from fitrl_vllm.transfer import MemorySender
 
 PROMPT = [72, 101, 108, 108, 111]
 LORA = fitrl.LoraSettings(rank=4)
@@ -164,6 +166,7 @@ def test_a_connection_that_is_lost_takes_nothing_from_an_engine_that_was_not_sta
     transfer, model, server, untied, monkeypatch
 ) -> None:
     ours = VLLMServer(untied, port=int(server.url.rsplit(":", 1)[1]))
+    base = {name: tensor.clone() for name, tensor in server.base.state_dict().items()}
     monkeypatch.setattr(ours, "start", lambda: pytest.fail("it was well"))
     with (
         VLLMSampler(model, ours, tolerance=1e-4, transfer=transfer) as sampler,
@@ -176,7 +179,8 @@ def test_a_connection_that_is_lost_takes_nothing_from_an_engine_that_was_not_sta
         server.drops = 1
         assert asyncio.run(sampler.sample(PROMPT, max_new_tokens=4, seed=1)) == before
         assert (server.asked("/collective_rpc"), server.asked("/reset_prefix_cache")) == orders
-        ours.num_starts += 1  # by another sampler of this server
+        ours.num_starts += 1  # by another sampler of this server, after which it has the base model's
+        server.base.load_state_dict(base)
         server.drops = 1
         if transfer == "memory":
             with pytest.raises(StaleWeightsError, match="came without files and is gone"):
@@ -184,6 +188,87 @@ def test_a_connection_that_is_lost_takes_nothing_from_an_engine_that_was_not_sta
         else:
             assert asyncio.run(sampler.sample(PROMPT, max_new_tokens=4, seed=1)) == before
             assert len(server.asked("/reset_prefix_cache")) == len(orders[1]) + 1
+
+
+@pytest.mark.parametrize("transfer", ["folder", "memory"])
+def test_somebodys_server_that_answers_as_before_is_handed_nothing(transfer, model, server) -> None:
+    with (
+        VLLMSampler(model, server.url, tolerance=1e-4, transfer=transfer) as sampler,
+        fitrl.LocalTrainer(**CPU, sampler=sampler) as trainer,
+    ):
+        groups = fitrl.rollout(trainer.sampler(model), ["a"], reward=reward, group_size=8, max_new_tokens=8, seed=1)
+        trainer.fit_rl(model, groups, learning_rate=1e-2, save_checkpoint=False)
+        before = asyncio.run(sampler.sample(PROMPT, max_new_tokens=4, seed=1))
+        orders = server.asked("/reset_prefix_cache")
+        server.drops = 1
+        assert asyncio.run(sampler.sample(PROMPT, max_new_tokens=4, seed=1)) == before
+        assert server.asked("/reset_prefix_cache") == orders
+
+
+@pytest.mark.parametrize("whose", ["ours", "somebody's"])
+def test_a_connection_that_is_lost_cuts_off_no_other(whose, model, server, untied) -> None:
+    ours = VLLMServer(untied, port=int(server.url.rsplit(":", 1)[1]))
+
+    async def beside(sampler: VLLMSampler) -> None:
+        server.holds.clear()
+        waiting = asyncio.create_task(sampler.sample(PROMPT, max_new_tokens=2, seed=1))
+        while len(server.asked("/v1/completions")) < 1:
+            await asyncio.sleep(0.01)
+        for _ in range(3):
+            lost = iter([EngineDiedError("lost")])
+
+            async def ask(lost=lost) -> None:
+                for error in lost:
+                    raise error
+
+            await asyncio.wrap_future(sampler.spawn(sampler.surviving(ask)))
+        server.holds.set()
+        assert len((await waiting)[0].token_ids) <= 2
+
+    with VLLMSampler(model, ours if whose == "ours" else server.url, tolerance=1e-4) as sampler:
+        asyncio.run(beside(sampler))
+    assert len(server.asked("/v1/completions")) == 1
+
+
+def test_an_engine_that_dies_is_started_once_for_all_that_asked_it(model, server, untied, monkeypatch) -> None:
+    """Also where its weights are gone with it; and what sends newer ones is told that it is another engine."""
+    ours = VLLMServer(untied, port=int(server.url.rsplit(":", 1)[1]))
+    base = {name: tensor.clone() for name, tensor in server.base.state_dict().items()}
+
+    def start() -> None:
+        ours.num_starts += 1
+        server.base.load_state_dict(base)
+
+    monkeypatch.setattr(ours, "start", start)
+    with (
+        VLLMSampler(model, ours, tolerance=1e-4, transfer="memory") as sampler,
+        fitrl.LocalTrainer(**CPU, sampler=sampler) as trainer,
+    ):
+        groups = fitrl.rollout(trainer.sampler(model), ["a"], reward=reward, group_size=8, max_new_tokens=8, seed=1)
+        trainer.fit_rl(model, groups, learning_rate=1e-2, save_checkpoint=False)
+        complete, dying = sampler.engine.complete, iter([EngineDiedError("dead", is_certain=True)] * 5)
+        revivals = []
+
+        async def die(*arguments, **options):
+            for error in dying:
+                raise error
+            return await complete(*arguments, **options)
+
+        async def five() -> list[object]:
+            asked = [sampler.sample(PROMPT, max_new_tokens=2) for _ in range(5)]
+            return await asyncio.gather(*asked, return_exceptions=True)
+
+        monkeypatch.setattr(sampler.engine, "complete", die)
+        assert {type(said) for said in asyncio.run(five())} == {StaleWeightsError}
+        assert ours.num_starts == 1
+        sender = MemorySender.prepare
+        monkeypatch.setattr(
+            MemorySender, "prepare", lambda self, workers, num: revivals.append(num) or sender(self, workers, num)
+        )
+        groups = [fitrl.TrajectoryGroup(group.trajectories) for group in groups]
+        trainer.fit_rl(model, groups, learning_rate=1e-2, save_checkpoint=False)
+        assert revivals == [1]
+        assert asyncio.run(sampler.sample(PROMPT, max_new_tokens=2))[0].version == 2
 
 
 def test_other_ranks_sample_with_what_the_first_handed_over(untied, server, tmp_path, monkeypatch) -> None:

@@ -73,6 +73,7 @@ class PackedRow:
         self.is_stretch = stretch is not None
         if stretch is not None:
             number, count = stretch
+            assert self.length % count == 0 and not is_one_long_history
             self.first, self.behind = (self.length * place // count for place in (number, number + 1))
             self.query_bounds = self.boundaries.clamp(self.first, self.behind) - self.first
             self.key_bounds = self.boundaries.clamp(max=self.behind)
@@ -110,6 +111,7 @@ class PackedRow:
         from torch.nn.attention.flex_attention import BlockMask
 
         ends, positions = self.ends.int(), self.position_ids[0].int()
+        assert self.first % BLOCK == self.behind % BLOCK == 0
         own = slice(self.first // BLOCK, self.behind // BLOCK)
         some, whole = (blocks[own] for blocks in _visible_blocks(self.ends, self.position_ids[0], window))
         # a tensor, because a number would be compiled in

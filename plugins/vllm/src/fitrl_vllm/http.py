@@ -133,8 +133,9 @@ class ServerEngine:
     def _loading(self) -> Iterator[None]:
         """Remember which start of our own server has taken the weights, once it has."""
         self._loaded_in = None
+        started = None if self._server is None else self._server.num_starts  # another sampler may start it meanwhile
         yield
-        self._loaded_in = None if self._server is None else self._server.num_starts
+        self._loaded_in = started
 
     async def _forget_prompts(self) -> None:
         answer = await self._order("/reset_prefix_cache", None)
@@ -150,10 +151,13 @@ class ServerEngine:
         await self._order("/wake_up", None)
 
     async def revive(self, *, is_dead: bool) -> Revived:
-        """Start our own server again, unless it is well; wait for anybody's."""
-        await self.aclose()
+        """Start our own server again, unless it is well; wait for anybody's.
+
+        Where it is well, other completions may be under way over connections that hold.
+        """
         if self._server is not None:
             if is_dead or not await self._is_well():
+                await self.aclose()
                 await asyncio.to_thread(self._server.start)
             return "as it was" if self._server.num_starts == self._loaded_in else "perhaps anew"
         retrying = tenacity.AsyncRetrying(

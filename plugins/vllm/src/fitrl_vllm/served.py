@@ -101,7 +101,7 @@ class ServedWeights:
 
     @property
     def come_without_files(self) -> bool:
-        """Whether they are sent in the type that the engine holds them in, and not as the trainer does."""
+        """Whether all weights go from memory to memory, in the type that the engine holds them in."""
         return self._sender is not None
 
     @property
@@ -148,6 +148,7 @@ class ServedWeights:
                     await asyncio.sleep(_PAUSE_S)  # it was about to die; the next request finds it dead
                 except StaleWeightsError as stale:
                     self._broken = str(stale)
+                    self._revivals += 1  # it is there again, once for all who asked it
                     raise
                 else:
                     self._revivals += 1
@@ -155,6 +156,8 @@ class ServedWeights:
                 raise StaleWeightsError(self._broken)
 
     async def _load_again(self, served: _Served) -> None:
+        if await self._answers_with(served):
+            return  # the connection was all that was lost
         if served.folder is None:
             raise StaleWeightsError(
                 f"the engine died and was started again, version {served.version} of the weights came without files "
@@ -162,6 +165,17 @@ class ServedWeights:
             )
         await self._load(served.folder)
         self._probe.compare(served.trainers, await self._said())
+
+    async def _answers_with(self, served: _Served) -> bool:
+        """Whether the engine's logprobs are to the last bit what they were."""
+        if served.engines is None:
+            return False
+        try:
+            return torch.equal(await self._said(), served.engines)
+        except EngineDiedError:
+            raise
+        except EngineError:  # a new one does not know the adapter
+            return False
 
     # -- an exchange --------------------------------------------------------------------------------------------
 
