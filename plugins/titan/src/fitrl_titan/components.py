@@ -85,7 +85,7 @@ class PackedAttention(FlexAttention):
             q_BLNH: [B, L, heads, D].
             k_BLNH: [B, L, key heads, D].
             v_BLNH: [B, L, key heads, D].
-            attention_masks: None: causal.
+            attention_masks: who sees whom in a packed row; None: all rows are causal.
             scale: of the logits.
             enable_gqa: whether there are fewer key heads.
             **options: of FlexAttention, which asks for none of them here.
