@@ -282,11 +282,11 @@ def moments(trainer: fitrl.LocalTrainer) -> str:
 def refused(root: Path) -> str:
     """What cannot be cut into pieces."""
     model = fitrl.TrainableModel("refused", "fsdp2", "tiny", lora=None, root=root)
-    with open_trainer(optimizer=fitrl.AdamWSettings(moments="8bit")) as trainer:
-        try:
+    try:
+        with open_trainer(optimizer=fitrl.AdamWSettings(moments="8bit")) as trainer:
             trainer.open(model)
-        except fitrl.FitRLError as error:
-            return f"{type(error).__name__}: {error}"
+    except fitrl.FitRLError as error:
+        return f"{type(error).__name__}: {error}"
     return "taken"
 
 
