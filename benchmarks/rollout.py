@@ -206,9 +206,8 @@ class TimedSampler(VLLMSampler):
     def update_proven(self, weights: Iterable[tuple[str, Tensor]], version: int, score: Any) -> None:
         """Time the exchange, and its parts."""
         held: dict[str, float] = {"bytes": 0.0}  # that are handed over
-        narrow = (
-            2 if ON_GPU and self._weights.come_without_files else 4
-        )  # of a number, as the engine holds it or as it is
+        # of a number, as the engine holds it or as it is
+        narrow = 2 if ON_GPU and self._weights.come_without_files else 4
         self.exchanges.append(held)
 
         def counted() -> Iterator[tuple[str, Tensor]]:

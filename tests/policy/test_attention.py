@@ -116,24 +116,11 @@ def test_lengths_say_where_histories_are(samples: list[Sample], window: int | No
     """The flash kernel needs a GPU: what it is asked for, computed by a loop over the lengths."""
     row, places = row_of(samples, "packed", multiple_of)
 
-    def by_lengths(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        begin: Tensor,
-        begin_k: Tensor,
-        longest: int,
-        longest_k: int,
-        **asked: Any,
-    ) -> Tensor:
+    def by_lengths(*given: Any, **asked: Any) -> Tensor:
+        *_, begin, begin_k, longest, longest_k = given
         assert begin is begin_k and longest == longest_k == int(begin.diff().max())
-        assert begin.dtype == torch.int32 and int(begin[-1]) == len(query)
-        left, right = asked["window_size"]
-        assert right == 0 and asked.get("enable_gqa", True)
-        heads = [heads.transpose(0, 1)[None] for heads in (query, key, value)]
-        spans = [torch.arange(a, b) for a, b in zip(begin[:-1].tolist(), begin[1:].tolist(), strict=True)]
-        width = None if left == -1 else left + 1
-        return torch.cat([alone(*heads, span, asked["scale"], None, width) for span in spans])
+        assert asked.get("enable_gqa", True)
+        return lengths_by_definition(*given, **asked)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "varlen_attn", by_lengths)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
+from concurrent.futures import CancelledError
 
 import pytest
 import torch
@@ -246,12 +248,14 @@ def test_an_engine_that_dies_is_started_once_for_all_that_asked_it(model, server
     ):
         groups = fitrl.rollout(trainer.sampler(model), ["a"], reward=reward, group_size=8, max_new_tokens=8, seed=1)
         trainer.fit_rl(model, groups, learning_rate=1e-2, save_checkpoint=False)
-        complete, dying = sampler.engine.complete, iter([EngineDiedError("dead", is_certain=True)] * 5)
-        revivals = []
+        complete, under_way, all_are, revivals = sampler.engine.complete, iter(range(5)), asyncio.Event(), []
 
         async def die(*arguments, **options):
-            for error in dying:
-                raise error
+            for number in under_way:
+                if number == 4:
+                    all_are.set()
+                await all_are.wait()
+                raise EngineDiedError("dead", is_certain=True)
             return await complete(*arguments, **options)
 
         async def five() -> list[object]:
@@ -269,6 +273,82 @@ def test_an_engine_that_dies_is_started_once_for_all_that_asked_it(model, server
         trainer.fit_rl(model, groups, learning_rate=1e-2, save_checkpoint=False)
         assert revivals == [1]
         assert asyncio.run(sampler.sample(PROMPT, max_new_tokens=2))[0].version == 2
+
+
+@pytest.fixture
+def dying(model, server, untied, monkeypatch):
+    """A sampler with version 1 on a server that starts anew with the base model's weights, and what it says."""
+    ours = VLLMServer(untied, port=int(server.url.rsplit(":", 1)[1]))
+    base = {name: tensor.clone() for name, tensor in server.base.state_dict().items()}
+
+    def start() -> None:
+        ours.num_starts += 1
+        server.base.load_state_dict(base)
+
+    monkeypatch.setattr(ours, "start", start)
+    with (
+        VLLMSampler(model, ours, tolerance=1e-4) as sampler,
+        fitrl.LocalTrainer(**CPU, sampler=sampler) as trainer,
+    ):
+        groups = fitrl.rollout(trainer.sampler(model), ["a"], reward=reward, group_size=8, max_new_tokens=8, seed=1)
+        trainer.fit_rl(model, groups, learning_rate=1e-2, save_checkpoint=False)
+        yield sampler, asyncio.run(sampler.sample(PROMPT, max_new_tokens=8, seed=1))
+
+
+def die_once(sampler: VLLMSampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    complete, deaths = sampler.engine.complete, iter([EngineDiedError("dead", is_certain=True)])
+
+    async def die(*arguments, **options):
+        for error in deaths:
+            raise error
+        return await complete(*arguments, **options)
+
+    monkeypatch.setattr(sampler.engine, "complete", die)
+
+
+def test_nobody_asks_an_engine_that_has_no_weights_yet(dying, server, monkeypatch) -> None:
+    sampler, before = dying
+    loading, may_load, load = threading.Event(), threading.Event(), sampler.engine.load_weights
+
+    async def slow(folder):
+        loading.set()
+        await asyncio.to_thread(may_load.wait)
+        await load(folder)
+
+    async def both() -> None:
+        first = asyncio.create_task(sampler.sample(PROMPT, max_new_tokens=8, seed=1))
+        await asyncio.to_thread(loading.wait)
+        asked = len(server.asked("/v1/completions"))
+        second = asyncio.create_task(sampler.sample(PROMPT, max_new_tokens=8, seed=1))
+        for _ in range(20):  # requests, before which its own would be there if it did not wait
+            await asyncio.wrap_future(sampler.spawn(sampler.engine._is_well()))
+        seen = len(server.asked("/v1/completions"))
+        may_load.set()
+        assert seen == asked
+        assert await first == await second == before
+
+    die_once(sampler, monkeypatch)
+    monkeypatch.setattr(sampler.engine, "load_weights", slow)
+    asyncio.run(both())
+
+
+@pytest.mark.parametrize("how", ["refused", "cancelled"])
+def test_weights_that_an_engine_did_not_take_again_are_handed_over_at_the_next_request(how, dying, monkeypatch) -> None:
+    sampler, before = dying
+    load, fails = sampler.engine.load_weights, iter([EngineError("no room")])
+
+    async def fail_once(folder):
+        for error in fails:
+            if how == "cancelled":
+                raise asyncio.CancelledError
+            raise error
+        await load(folder)
+
+    die_once(sampler, monkeypatch)
+    monkeypatch.setattr(sampler.engine, "load_weights", fail_once)
+    with pytest.raises(EngineError if how == "refused" else (asyncio.CancelledError, CancelledError)):
+        asyncio.run(sampler.sample(PROMPT, max_new_tokens=8, seed=1))
+    assert asyncio.run(sampler.sample(PROMPT, max_new_tokens=8, seed=1)) == before
 
 
 def test_other_ranks_sample_with_what_the_first_handed_over(untied, server, tmp_path, monkeypatch) -> None:

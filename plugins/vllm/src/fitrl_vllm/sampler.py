@@ -7,9 +7,9 @@ wait until no completion is under way, and completions wait until the new weight
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar, get_args
 
@@ -194,11 +194,9 @@ class VLLMSampler:
 
     # -- completions --------------------------------------------------------------------------------------------
 
-    @asynccontextmanager
-    async def turn(self) -> AsyncIterator[int]:
+    def turn(self) -> AbstractAsyncContextManager[int]:
         """The version that answers while the block runs; on the sampler's loop."""
-        async with self._weights.turn() as version:
-            yield version
+        return self._weights.turn()
 
     async def _sample(self, request: Request) -> list[Completion]:
         async with self.turn() as version:

@@ -86,6 +86,7 @@ class ServedWeights:
         self._broken: str | None = None
         self._turns = Turns()
         self._reviving = asyncio.Lock()
+        self._lost: EngineDiedError | None = None  # until it is brought back
         self._revivals = 0
         self._asleep = False
 
@@ -126,34 +127,45 @@ class ServedWeights:
     # -- an engine that dies ------------------------------------------------------------------------------------
 
     async def surviving(self, ask: Callable[[], Awaitable[_T]]) -> _T:
-        """Ask; an engine that died on it is brought back, with the newest weights, and asked again."""
-        for _ in range(_REVIVALS):
+        """Ask; an engine that died on it is brought back, with the newest weights, and asked again.
+
+        Nobody asks while it is being brought back: it answers with the base model's weights at first. What is broken
+        off or refused meanwhile is made up for by whoever asks next.
+        """
+        for attempt in range(_REVIVALS):
             seen = self._revivals
             try:
+                async with self._reviving:
+                    if self._lost is not None:
+                        await self._bring_back(self._lost)
+                    elif attempt and self._broken is not None:  # another request has seen to it
+                        raise StaleWeightsError(self._broken)
+                    seen = self._revivals
                 return await ask()
             except EngineDiedError as error:
-                await self._revive(seen, error)
+                if self._revivals == seen and not (self._lost is not None and self._lost.is_certain):
+                    self._lost = error
         raise EngineError(f"the engine died {_REVIVALS} times on one request")
 
-    async def _revive(self, seen: int, error: EngineDiedError) -> None:
-        async with self._reviving:
-            if self._revivals == seen:
-                try:
-                    revived = await self._engine.revive(is_dead=error.is_certain)
-                    if revived == "gone":
-                        raise EngineError(f"the engine is gone: {error}") from error
-                    if revived == "perhaps anew" and self._served is not None:
-                        await self._load_again(self._served)
-                except EngineDiedError:
-                    await asyncio.sleep(_PAUSE_S)  # it was about to die; the next request finds it dead
-                except StaleWeightsError as stale:
-                    self._broken = str(stale)
-                    self._revivals += 1  # it is there again, once for all who asked it
-                    raise
-                else:
-                    self._revivals += 1
-            elif self._broken is not None:  # another request has seen to it
-                raise StaleWeightsError(self._broken)
+    async def _bring_back(self, lost: EngineDiedError) -> None:
+        try:
+            revived = await self._engine.revive(is_dead=lost.is_certain)
+            if revived == "gone":
+                raise EngineError(f"the engine is gone: {lost}") from lost
+            if revived == "perhaps anew" and self._served is not None:
+                await self._load_again(self._served)
+        except EngineDiedError:
+            await asyncio.sleep(_PAUSE_S)  # it was about to die; the next request finds it dead
+            raise
+        except StaleWeightsError as stale:
+            self._broken = str(stale)
+            self._is_back()  # once for all who asked it
+            raise
+        self._is_back()
+
+    def _is_back(self) -> None:
+        self._lost = None
+        self._revivals += 1
 
     async def _load_again(self, served: _Served) -> None:
         if await self._answers_with(served):
