@@ -47,3 +47,18 @@ def test_ranks_that_never_end_are_ended(tmp_path) -> None:
     """
     with pytest.raises(AssertionError, match="no end after 6 s"):
         run_on_ranks(file(tmp_path, checks), timeout=6.0)
+
+
+def test_a_rank_that_crashes_has_the_last_word(tmp_path) -> None:
+    checks = """
+    import faulthandler
+
+    def test_second():
+        if os.environ["RANK"] == "0":
+            faulthandler._sigsegv()
+        dist.barrier()
+    """
+    with pytest.raises(AssertionError, match="exit status 1") as caught:
+        run_on_ranks(file(tmp_path, checks), timeout=120.0)
+    [*_, told] = str(caught.value).split("---- rank ")
+    assert told.startswith("0 ----") and "in test_second" in told

@@ -36,7 +36,7 @@ def run_on_ranks(target: str, *, ranks: int = 2, timeout: float = 300.0) -> str:
         What rank 0's pytest said.
 
     Raises:
-        AssertionError: a check failed on some rank; the message has what each rank said.
+        AssertionError: a check failed on some rank; the message has what each rank said, one that crashed last.
     """
     with tempfile.TemporaryDirectory(prefix="fitrl-ranks-") as scratch:
         logs = Path(scratch) / "logs"
@@ -67,8 +67,10 @@ def run_on_ranks(target: str, *, ranks: int = 2, timeout: float = 300.0) -> str:
             for number in range(ranks)
         }
     if job.returncode != 0:
-        by_rank = "\n".join(f"---- rank {number} ----\n{text}" for number, text in told.items())
-        raise AssertionError(f"{target} on {ranks} ranks: exit status {job.returncode}\n{by_rank}\n{said}")
+        # logs get cut in their middle, and only a rank that crashed says where it did
+        order = sorted(told, key=lambda number: "Fatal Python error" in told[number])
+        by_rank = "\n".join(f"---- rank {number} ----\n{told[number]}" for number in order)
+        raise AssertionError(f"{target} on {ranks} ranks: exit status {job.returncode}\n{said}\n{by_rank}")
     return told[0]
 
 
