@@ -12,25 +12,40 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor put together from its pieces; itself, if it is in one."""
+    """A tensor put together from its pieces, without a gradient; itself, if it is in one."""
     if not isinstance(tensor, DTensor):
         return tensor
-    if tensor.to_local().device.type != tensor.device_mesh.device_type:  # offloaded: its ranks cannot meet on the CPU
-        tensor = DTensor.from_local(
-            tensor.to_local().to(tensor.device_mesh.device_type),
-            tensor.device_mesh,
-            tensor.placements,
-            shape=tensor.shape,
-            stride=tensor.stride(),
-        )
-    for dimension in range(tensor.device_mesh.ndim - 1):  # one at a time, or torch warns of the order it chooses
-        placements = [Replicate() if n <= dimension else now for n, now in enumerate(tensor.placements)]
-        tensor = tensor.redistribute(placements=placements)
-    return tensor.full_tensor()
+    pieces: Any = tensor.detach()
+    mesh, placements = tensor.device_mesh, tensor.placements
+    own = pieces.to_local()
+    if own.device.type != mesh.device_type:  # offloaded: its ranks cannot meet on the CPU
+        own = own.to(mesh.device_type)
+        pieces = DTensor.from_local(own, mesh, placements, shape=tensor.shape, stride=tensor.stride())
+    cuts = [n for n, placement in enumerate(placements) if mesh.size(n) > 1 and not placement.is_replicate()]
+    if mesh.device_type == "cpu" and len(cuts) == 1 and type(cut := placements[cuts[0]]) is Shard:
+        return _gathered(own, cut.dim, tensor.shape[cut.dim], mesh.get_group(cuts[0]))
+    for dimension in range(mesh.ndim - 1):  # one at a time, or torch warns of the order it chooses
+        pieces = pieces.redistribute(placements=[Replicate()] * (dimension + 1) + list(placements[dimension + 1 :]))
+    gathered: Tensor = pieces.full_tensor()
+    return gathered
+
+
+def _gathered(own: Tensor, dimension: int, length: int, group: dist.ProcessGroup) -> Tensor:
+    """`full_tensor` of pieces that lie along one dimension, by gloo.
+
+    torch 2.13's own starts a gather and waits for it by the tensor; on CPUs ranks have been seen to die of that now and
+    then: of SIGSEGV, or of memory that malloc finds overwritten, in a loop of nothing else, too.
+    """
+    own = own.movedim(dimension, 0)
+    filled = own.new_zeros(-(-length // group.size()), *own.shape[1:])  # the last ranks have less, or nothing
+    filled[: len(own)] = own
+    parts = [torch.empty_like(filled) for _ in range(group.size())]
+    dist.all_gather(parts, filled, group=group)
+    return torch.cat(parts)[:length].movedim(0, dimension).contiguous()
 
 
 def like(tensor: Tensor, held: Any) -> Tensor:
