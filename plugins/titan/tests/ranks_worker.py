@@ -27,6 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
     "data, compiled": {"compile": True},
     "tensor, selective": TENSOR | {"activation_checkpointing": "selective"},
     "context": CONTEXT,
+    "context, compiled": CONTEXT | {"compile": True},
     "data, bfloat16": {"precision": "bf16-mixed"},
     "tensor, bfloat16": TENSOR | {"precision": "bf16-mixed"},
     "context, bfloat16": CONTEXT | {"precision": "bf16-mixed"},

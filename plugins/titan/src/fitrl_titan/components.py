@@ -17,7 +17,6 @@ import torch
 import torchtitan.distributed.context_parallel.api
 import torchtitan.distributed.parallel_dims
 from torch import Tensor, nn
-from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -295,9 +294,7 @@ class TitanNetwork:
 
 def _keys_and_values(key: Tensor, value: Tensor, dimension: int, group_name: str) -> tuple[Tensor, Tensor]:
     """Keys and values of all context ranks, for CPUs: torchtitan starts its gather asynchronously, and waits."""
-    c10d: Any = distributed_c10d
-    group = c10d._resolve_process_group(group_name)
-    return gather(key, group, dimension, adds_up=True), gather(value, group, dimension, adds_up=True)
+    return gather(key, group_name, dimension, adds_up=True), gather(value, group_name, dimension, adds_up=True)
 
 
 def _handed_through(hidden: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
+from torch.library import custom_op
 
 
 class _CountedOnce(torch.autograd.Function):
@@ -24,22 +26,53 @@ class _CountedOnce(torch.autograd.Function):
         return gradients[0] / context.count, None
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(context: Any, stretch: Tensor, group: dist.ProcessGroup, dimension: int, adds_up: bool) -> Tensor:
-        context.group, context.dimension, context.adds_up = group, dimension, adds_up
-        parts = [torch.empty_like(stretch) for _ in range(group.size())]
-        dist.all_gather(parts, stretch.contiguous(), group=group)
-        return torch.cat(parts, dim=dimension)
+@custom_op("fitrl_titan::gather", mutates_args=())
+def _gather(stretch: Tensor, group_name: str, dimension: int, adds_up: bool) -> Tensor:
+    """A custom operation, because compiled layers have it in their middle."""
+    group = _group(group_name)
+    parts = [torch.empty_like(stretch, memory_format=torch.contiguous_format) for _ in range(group.size())]
+    dist.all_gather(parts, stretch.contiguous(), group=group)
+    return torch.cat(parts, dim=dimension)
 
-    @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        whole = gradients[0]
-        if context.adds_up:
-            whole = whole.clone(memory_format=torch.contiguous_format)
-            dist.all_reduce(whole, group=context.group)
-        own = whole.chunk(context.group.size(), dim=context.dimension)[context.group.rank()]
-        return own, None, None, None
+
+@_gather.register_fake
+def _(stretch: Tensor, group_name: str, dimension: int, adds_up: bool) -> Tensor:
+    shape = list(stretch.shape)
+    shape[dimension] *= _group(group_name).size()
+    return stretch.new_empty(shape)
+
+
+@custom_op("fitrl_titan::own_stretch", mutates_args=())
+def _own_stretch(whole: Tensor, group_name: str, dimension: int, adds_up: bool) -> Tensor:
+    group = _group(group_name)
+    if adds_up:
+        whole = whole.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(whole, group=group)
+    return whole.chunk(group.size(), dim=dimension)[group.rank()].clone(memory_format=torch.contiguous_format)
+
+
+@_own_stretch.register_fake
+def _(whole: Tensor, group_name: str, dimension: int, adds_up: bool) -> Tensor:
+    shape = list(whole.shape)
+    shape[dimension] //= _group(group_name).size()
+    return whole.new_empty(shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.arguments = inputs[1:]
+
+
+def _backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    return _own_stretch(gradient, *context.arguments), None, None, None
+
+
+_gather.register_autograd(_backward, setup_context=_keep)
+
+
+def _group(name: str) -> dist.ProcessGroup:
+    c10d: Any = distributed_c10d
+    group: dist.ProcessGroup = c10d._resolve_process_group(name)
+    return group
 
 
 def counted_once(tensor: Tensor, count: int) -> Tensor:
@@ -50,14 +83,14 @@ def counted_once(tensor: Tensor, count: int) -> Tensor:
     return used
 
 
-def gather(stretch: Tensor, group: dist.ProcessGroup, dimension: int, *, adds_up: bool = False) -> Tensor:
+def gather(stretch: Tensor, group_name: str, dimension: int, *, adds_up: bool = False) -> Tensor:
     """Put equal stretches together along a dimension; a collective.
 
     Args:
         stretch: this rank's.
-        group: the ranks that hold the others, in their order.
+        group_name: of the ranks that hold the others, in their order.
         dimension: along which they lie.
         adds_up: whether each rank's gradient is its own part of the whole one, so that they have to be summed.
     """
-    whole: Tensor = _Gather.apply(stretch, group, dimension, adds_up)  # type: ignore[no-untyped-call]
+    whole: Tensor = _gather(stretch, group_name, dimension, adds_up)
     return whole

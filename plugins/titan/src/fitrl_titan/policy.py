@@ -101,7 +101,7 @@ class TitanPolicy(Policy):
                 return self._padded(inputs)
             hidden = self.titan.hidden(row.input_ids[:, row.queries], row.position_ids[:, row.queries], row)
             if mesh is not None:
-                hidden = gather(hidden, mesh.get_group(), 1)
+                hidden = gather(hidden, mesh.get_group().group_name, 1)
         if inputs.ends is not None:
             return hidden
         (rows, length), size = inputs.input_ids.shape, hidden.shape[-1]
