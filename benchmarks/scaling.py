@@ -10,8 +10,8 @@ case of offloading on a single device.
 With `--profile` the first process of each job runs one more call under torch's profiler, and says where its time went
 (`gaps.py`). A job that takes longer than `--limit` seconds is ended, and told as an error.
 
-With `--titan` torchtitan's plans (`plugins/titan`) beside one device and `fitrl_fsdp2`, compiled but for tensor
-parallel; `--ranks 1` compares torchtitan's modules with transformers' on a single device.
+With `--titan` torchtitan's plans (`plugins/titan`) beside one device and `fitrl_fsdp2`, compiled, tensor parallel from
+torch 2.13 on; `--ranks 1` compares torchtitan's modules with transformers' on a single device.
 
     python benchmarks/scaling.py [--ranks 2] [--output benchmarks/results]             on a machine with so many GPUs
     python benchmarks/scaling.py --tensor-parallel 2 ...                               fitrl_fsdp2 by groups of two
@@ -275,7 +275,7 @@ def trainer_of(strategy: str, together: int, **options: Any) -> fitrl.LocalTrain
 
         how = strategy.removeprefix("titan").removeprefix(", ")
         sizes = {"tensor 2": {"tensor_parallel_size": 2}, "context 2": {"context_parallel_size": 2}}.get(how, {})
-        options["compile"] = options["compile"] and how != "tensor 2"
+        options["compile"] = options["compile"] and (how != "tensor 2" or torch.__version__ >= (2, 13))
         if how == "selective":
             options["activation_checkpointing"] = "selective"
         return TitanTrainer(**sizes, **options)

@@ -25,6 +25,7 @@ TENSOR, CONTEXT = {"tensor_parallel_size": 2}, {"context_parallel_size": 2}
 CASES: dict[str, dict[str, Any]] = {
     "data, recomputed": {"activation_checkpointing": True},
     "data, compiled": {"compile": True},
+    "tensor, compiled": TENSOR | {"compile": True},
     "tensor, selective": TENSOR | {"activation_checkpointing": "selective"},
     "context": CONTEXT,
     "context, compiled": CONTEXT | {"compile": True},

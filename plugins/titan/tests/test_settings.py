@@ -6,8 +6,11 @@ import subprocess
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 import fitrl
 from fitrl.errors import InvalidArgumentError, MissingDependencyError, UnknownArgumentError, UnsupportedError
@@ -114,6 +117,13 @@ class OnRank:
 @pytest.mark.skipif(is_rank(), reason="it starts the rank")
 def test_one_rank_refuses_what_it_cannot_do() -> None:
     assert "4 passed" in run_on_ranks(f"{__file__}::OnRank", ranks=1)
+
+
+def test_layers_that_an_older_compiler_cannot_follow_are_not_compiled(monkeypatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.12.1+cu130")
+    policy: Any = SimpleNamespace(is_adapter=False)
+    with pytest.raises(UnsupportedError, match=r"tensor_parallel_size=2 needs torch 2.13.*this is 2\.12\.1\+cu130"):
+        TitanStrategy(tensor_parallel_size=2).shard(policy, precision="32-true", moments="float32", compiles=True)
 
 
 @pytest.mark.parametrize(

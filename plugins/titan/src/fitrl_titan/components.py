@@ -235,6 +235,8 @@ class TitanNetwork:
         )
         self._share_positions(device)
         self.module.lm_head.forward = _handed_through  # once more, because the plan has put its own around it
+        if compiles and degrees.tensor > 1:
+            self.module.tok_embeddings.register_forward_hook(_waited_for)
         for module in self.shards():
             module.set_gradient_divide_factor(float(degrees.data))  # `PolicyModule` counts on a mean over the data
             if device.type == "cpu":
@@ -295,6 +297,11 @@ class TitanNetwork:
 def _keys_and_values(key: Tensor, value: Tensor, dimension: int, group_name: str) -> tuple[Tensor, Tensor]:
     """Keys and values of all context ranks, for CPUs: torchtitan starts its gather asynchronously, and waits."""
     return gather(key, group_name, dimension, adds_up=True), gather(value, group_name, dimension, adds_up=True)
+
+
+def _waited_for(module: nn.Module, inputs: Any, embedded: Tensor) -> Tensor:
+    """A copy that no collective is under way for: of one that is, the compiler would make graphs of their own."""
+    return embedded.clone()
 
 
 def _handed_through(hidden: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 from typing_extensions import override
 
 from fitrl.errors import InvalidArgumentError, MissingDependencyError, UnsupportedError
@@ -109,7 +110,7 @@ class TitanStrategy(FSDP2Strategy):
             policy: on the CPU, the same on every rank.
             precision: Lightning's; under "bf16-mixed" layers are gathered in bfloat16, which is what they compute in.
             moments: of AdamW; bitsandbytes' cannot be cut.
-            compiles: whether each decoder layer is compiled; with tensor parallel they cannot be.
+            compiles: whether each decoder layer is compiled; with tensor parallel that needs torch 2.13.
 
         Raises:
             UnsupportedError: one of these, adapters, an architecture that is not known, or a size that cannot be shared
@@ -123,11 +124,11 @@ class TitanStrategy(FSDP2Strategy):
         if moments != "float32":
             raise UnsupportedError(f"AdamWSettings(moments={moments!r}) cannot be sharded: take 'float32'")
         check_precision(precision)
-        if compiles and self.tensor_parallel_size > 1:
+        if compiles and self.tensor_parallel_size > 1 and TorchVersion(torch.__version__) < "2.13":
             raise UnsupportedError(
-                f"compile=True with tensor_parallel_size={self.tensor_parallel_size}: torch's compiler cannot follow "
-                "layers that are cut over ranks through batches of any length; take compile=False, or "
-                "tensor_parallel_size=1"
+                f"compile=True with tensor_parallel_size={self.tensor_parallel_size} needs torch 2.13, whose compiler "
+                f"follows layers that are cut over ranks through batches of any length, this is {torch.__version__}: "
+                "take compile=False, or tensor_parallel_size=1"
             )
         self._check_sizes(policy)
         module: Any = self.lightning_module
