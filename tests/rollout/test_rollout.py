@@ -4,14 +4,16 @@ import asyncio
 import threading
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 import fitrl
 from fitrl.data.tokens import tokenize
 from fitrl.errors import DataError, GroupError, InvalidArgumentError
-from fitrl.rollout.rollout import read_task, run_blocking
+from fitrl.rollout.rollout import prompt_ids, read_task, run_blocking
 from fitrl.rollout.sampler import Sampler
 from fitrl.rollout.transformers import TransformersSampler
-from helpers import completion, decode, user
+from helpers import END, completion, decode, user
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +71,24 @@ def test_an_agent_of_several_turns_is_one_history(sampler, tiny_tokenizer) -> No
             if earlier.finish_reason == "stop":
                 seen = (*earlier.prompt_ids, *earlier.token_ids)
                 assert later.prompt_ids[: len(seen)] == seen
+
+
+@given(turns=st.lists(st.lists(st.integers(0, 261).filter(lambda token: token != END), max_size=6), max_size=3))
+@example(turns=[[258], [54, 257, 258]])  # special tokens, which texts leave out
+@example(turns=[[0xE2, 258, 0x82], []])  # and a character that is none
+@example(turns=[[55], [0xE2, 0x82]])  # or is cut off
+@example(turns=[[], [0xEF]])  # as that which stands for it begins
+def test_whatever_was_said_is_kept_by_its_ids(tiny_tokenizer, turns) -> None:
+    messages = [user("3+4=")]
+    for number, said in enumerate(turns):
+        ids = said if number % 2 else [*said, END]  # every second one was cut off
+        before = prompt_ids(tiny_tokenizer, messages)
+        text = tiny_tokenizer.decode(ids, skip_special_tokens=True)
+        reason = "length" if number % 2 else "stop"
+        messages.append(completion(text, token_ids=ids, prompt_ids=before, finish_reason=reason))
+        messages.append(user("more"))
+        behind = [257, *b"more", END, 258]
+        assert prompt_ids(tiny_tokenizer, messages) == [*before, *said, END, *behind]
 
 
 def test_exceptions_are_counted(sampler) -> None:

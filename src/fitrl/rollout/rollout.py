@@ -90,27 +90,46 @@ def prompt_ids(
 ) -> list[int]:
     """Token ids to sample the next message after; the last completion's own ids are kept if they can be.
 
-    They can be where the template renders that completion as its prompt, its text, and something that follows.
+    They can be where the template renders that completion as its prompt, its text, and something that follows; special
+    tokens that were said, and that its text leaves out, count as text.
     """
     plain = [item.message if isinstance(item, Completion) else item for item in messages]
     rendered = render_prompt(tokenizer, plain, tools)
-    said = [index for index, item in enumerate(messages) if isinstance(item, Completion)]
+    said = {index: item for index, item in enumerate(messages) if isinstance(item, Completion)}
     if not said:
         return rendered
-    last = messages[said[-1]]
-    assert isinstance(last, Completion)
+    last = said[max(said)]
     if last.token_ids is None or last.prompt_ids is None:
         return rendered
     seen: list[int] = [*last.prompt_ids, *last.token_ids]
-    if rendered[: len(seen)] == seen:
-        return rendered
+    found = _extended(tokenizer, seen, rendered)
+    if found is None:
+        verbatim = [_as_said(tokenizer, said[n]) if n in said else message for n, message in enumerate(plain)]
+        found = _extended(tokenizer, seen, render_prompt(tokenizer, verbatim, tools)) if verbatim != plain else None
+    return rendered if found is None else found
+
+
+def _extended(tokenizer: PreTrainedTokenizerBase, seen: list[int], rendered: list[int]) -> list[int] | None:
+    """What was seen, and what a rendered conversation has behind it; None where that begins with something else."""
+
+    def length(count: int) -> int:
+        return len(str(tokenizer.decode(rendered[:count])))
+
     before = str(tokenizer.decode(seen))
-    start = bisect.bisect_left(
-        range(len(rendered)), len(before), key=lambda k: len(str(tokenizer.decode(rendered[:k])))
-    )
-    if str(tokenizer.decode(rendered[:start])) == before:
-        return seen + rendered[start:]
-    return rendered
+    start = len(seen)
+    # of a character that was cut off, the ids that stand for it in a text come one by one: the last place counts
+    if rendered[:start] != seen or length(start + 1) == len(before):
+        start = bisect.bisect_right(range(len(rendered) + 1), len(before), key=length) - 1
+    return seen + rendered[start:] if str(tokenizer.decode(rendered[:start])) == before else None
+
+
+def _as_said(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> Message:
+    """A completion's message with all of its tokens as text, but for the one that ended it."""
+    ids = list(completion.token_ids or ())
+    if completion.message.get("tool_calls") or not set(ids) & set(tokenizer.all_special_ids):
+        return completion.message
+    ended = completion.finish_reason == "stop" and ids[-1] in tokenizer.all_special_ids
+    return completion.message | {"content": str(tokenizer.decode(ids[:-1] if ended else ids))}
 
 
 def rollout(
