@@ -119,10 +119,18 @@ def test_one_rank_refuses_what_it_cannot_do() -> None:
     assert "4 passed" in run_on_ranks(f"{__file__}::OnRank", ranks=1)
 
 
-def test_layers_that_an_older_compiler_cannot_follow_are_not_compiled(monkeypatch) -> None:
-    monkeypatch.setattr(torch, "__version__", "2.12.1+cu130")
+@pytest.mark.parametrize(
+    ("version", "recomputes", "said"),
+    [
+        ("2.12.1+cu130", False, r"tensor_parallel_size=2 needs torch 2\.13, this is 2\.12\.1\+cu130"),
+        ("2.13.0", True, "tensor_parallel_size=2 and activation_checkpointing: torch 2.13 fails"),
+    ],
+)
+def test_cut_layers_that_the_compiler_cannot_follow_are_refused(monkeypatch, version, recomputes, said) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(TitanStrategy, "lightning_module", SimpleNamespace(activation_checkpointing=recomputes))
     policy: Any = SimpleNamespace(is_adapter=False)
-    with pytest.raises(UnsupportedError, match=r"tensor_parallel_size=2 needs torch 2.13.*this is 2\.12\.1\+cu130"):
+    with pytest.raises(UnsupportedError, match=said):
         TitanStrategy(tensor_parallel_size=2).shard(policy, precision="32-true", moments="float32", compiles=True)
 
 

@@ -110,7 +110,8 @@ class TitanStrategy(FSDP2Strategy):
             policy: on the CPU, the same on every rank.
             precision: Lightning's; under "bf16-mixed" layers are gathered in bfloat16, which is what they compute in.
             moments: of AdamW; bitsandbytes' cannot be cut.
-            compiles: whether each decoder layer is compiled; with tensor parallel that needs torch 2.13.
+            compiles: whether each decoder layer is compiled; with tensor parallel that needs torch 2.13, and
+                nothing that is computed again.
 
         Raises:
             UnsupportedError: one of these, adapters, an architecture that is not known, or a size that cannot be shared
@@ -124,14 +125,10 @@ class TitanStrategy(FSDP2Strategy):
         if moments != "float32":
             raise UnsupportedError(f"AdamWSettings(moments={moments!r}) cannot be sharded: take 'float32'")
         check_precision(precision)
-        if compiles and self.tensor_parallel_size > 1 and TorchVersion(torch.__version__) < "2.13":
-            raise UnsupportedError(
-                f"compile=True with tensor_parallel_size={self.tensor_parallel_size} needs torch 2.13, whose compiler "
-                f"follows layers that are cut over ranks through batches of any length, this is {torch.__version__}: "
-                "take compile=False, or tensor_parallel_size=1"
-            )
-        self._check_sizes(policy)
         module: Any = self.lightning_module
+        if compiles and self.tensor_parallel_size > 1:
+            self._check_compiler(recomputes=module.activation_checkpointing)
+        self._check_sizes(policy)
         recomputed: Literal["selective", "full"] = "selective" if self.selective_checkpointing else "full"
         titan = TitanNetwork(policy.causal_lm)
         self._copy = LentPolicy(policy)
@@ -156,6 +153,19 @@ class TitanStrategy(FSDP2Strategy):
             empty=self._copy.policy.causal_lm,
             sharing=self.device_mesh["tensor_parallel"].get_group(),
         )
+
+    def _check_compiler(self, *, recomputes: bool) -> None:
+        """Refuse what torch's compiler cannot do with layers that are cut over ranks, through batches of any length."""
+        asked = f"compile=True with tensor_parallel_size={self.tensor_parallel_size}"
+        if TorchVersion(torch.__version__) < "2.13":
+            raise UnsupportedError(
+                f"{asked} needs torch 2.13, this is {torch.__version__}: take compile=False, or tensor_parallel_size=1"
+            )
+        if recomputes:
+            raise UnsupportedError(
+                f"{asked} and activation_checkpointing: torch 2.13 fails to compile layers that are cut over ranks and "
+                "computed again; take compile=False, activation_checkpointing=False, or tensor_parallel_size=1"
+            )
 
     def _check_sizes(self, policy: Policy) -> None:
         config = policy.causal_lm.config.get_text_config()

@@ -22,7 +22,8 @@ class TitanTrainer(LocalTrainer):
         context_parallel_size: ranks that share every row.
         activation_checkpointing: True: keep only each decoder layer's input for backward, and compute the rest again;
             "selective": also keep what torchtitan finds costly to compute again.
-        compile: compile the decoder layers; with tensor parallel that needs torch 2.13.
+        compile: compile the decoder layers; with tensor parallel that needs torch 2.13, and no activation
+            checkpointing.
         optimizer: AdamW's settings, but for the learning rate.
         lr_schedule: factor on the learning rate, by optimizer steps taken.
         sampler: a sampler to hand the new weights to, instead of the embedded one.
