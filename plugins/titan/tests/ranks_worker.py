@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._dynamo.utils import counters
 
 import fitrl
 from fitrl.data import ranks
@@ -25,7 +26,7 @@ TENSOR, CONTEXT = {"tensor_parallel_size": 2}, {"context_parallel_size": 2}
 CASES: dict[str, dict[str, Any]] = {
     "data, recomputed": {"activation_checkpointing": True},
     "data, compiled": {"compile": True},
-    "tensor, compiled": TENSOR | {"compile": True},
+    **({"tensor, compiled": TENSOR | {"compile": True}} if torch.__version__ >= (2, 13) else {}),
     "tensor, selective": TENSOR | {"activation_checkpointing": "selective"},
     "context": CONTEXT,
     "context, compiled": CONTEXT | {"compile": True},
@@ -73,6 +74,14 @@ def padded_norm(trainer: Any, model: fitrl.TrainableModel) -> float:
     return norm
 
 
+def later_graphs(trainer: Any, model: fitrl.TrainableModel) -> int:
+    """Graphs that calls with batches of other lengths are compiled for, once some have been seen."""
+    before = counters["stats"]["unique_graphs"]
+    for seed, most in enumerate((45, 52, 67), start=3):
+        _numbers(trainer, model, seed, max_tokens_per_microbatch=most, entropy_coef=0.01)
+    return int(counters["stats"]["unique_graphs"] - before)
+
+
 def trainer_of(**options: Any) -> TitanTrainer:
     return TitanTrainer(
         accelerator=ACCELERATOR, devices=2, gradient_clip_val=0.5, enable_model_summary=False, **options
@@ -92,7 +101,7 @@ def main() -> None:
         with trainer_of(**options) as trainer:
             seen["train"][name] = {"calls": teach(trainer, model), "checkpoint": str(model.checkpoints()[-1])}
             held = sum(parameter.to_local().numel() for parameter in trainer.verbs.policy_module.network.parameters())
-            seen["train"][name]["held"] = held
+            seen["train"][name] |= {"held": held, "later graphs": later_graphs(trainer, model)}
     for name, options in RESUMED.items():
         model = model_of(folder, "resumed", name)
         with trainer_of(**options) as trainer:

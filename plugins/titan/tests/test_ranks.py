@@ -76,6 +76,12 @@ def test_gradients_are_those_of_one_process(seen, alone, case) -> None:
         assert found == pytest.approx(expected, rel=tolerance, abs=tolerance)
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if "compiled" in case])
+def test_batches_of_other_lengths_share_the_graphs(seen, case) -> None:
+    """But for what compilers take for special: rows of another number, and a single token of a row on a rank."""
+    assert max(rank["train"][case]["later graphs"] for rank in seen["ranks"]) <= 2
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_each_rank_holds_half_of_the_weights(seen, case) -> None:
     first, second = (rank["train"][case]["held"] for rank in seen["ranks"])

@@ -33,6 +33,25 @@ def model(untied, tmp_path) -> fitrl.TrainableModel:
 
 
 @pytest.fixture
+def base(server) -> dict[str, torch.Tensor]:
+    """The weights that the server starts with."""
+    return {name: tensor.clone() for name, tensor in server.base.state_dict().items()}
+
+
+@pytest.fixture
+def ours(server, untied, base, monkeypatch) -> VLLMServer:
+    """The server as one of ours, which starts anew with the weights that it began with."""
+    found = VLLMServer(untied, port=int(server.url.rsplit(":", 1)[1]))
+
+    def start() -> None:
+        found.num_starts += 1
+        server.base.load_state_dict(base)
+
+    monkeypatch.setattr(found, "start", start)
+    return found
+
+
+@pytest.fixture
 def sampler(model, server):
     with VLLMSampler(model, server.url, tolerance=1e-4, timeout_s=20) as sampler:
         yield sampler
@@ -145,9 +164,8 @@ def test_a_connection_that_breaks_is_survived(sampler, server) -> None:
         asyncio.run(sampler.sample(PROMPT, max_new_tokens=4, seed=1))
 
 
-def test_an_engine_that_came_back_is_handed_the_newest_weights(model, sampler, server) -> None:
+def test_an_engine_that_came_back_is_handed_the_newest_weights(model, sampler, server, base) -> None:
     """Somebody's server that was started anew has the base model's."""
-    base = {name: tensor.clone() for name, tensor in server.base.state_dict().items()}
     with fitrl.LocalTrainer(**CPU, sampler=sampler) as trainer:
         groups = fitrl.rollout(trainer.sampler(model), ["a"], reward=reward, group_size=8, max_new_tokens=8, seed=1)
         trainer.fit_rl(model, groups, learning_rate=1e-2, save_checkpoint=False)
@@ -165,10 +183,9 @@ def test_an_engine_that_came_back_is_handed_the_newest_weights(model, sampler, s
 
 @pytest.mark.parametrize("transfer", ["folder", "memory"])
 def test_a_connection_that_is_lost_takes_nothing_from_an_engine_that_was_not_started_again(
-    transfer, model, server, untied, monkeypatch
+    transfer, model, server, ours, monkeypatch
 ) -> None:
-    ours = VLLMServer(untied, port=int(server.url.rsplit(":", 1)[1]))
-    base = {name: tensor.clone() for name, tensor in server.base.state_dict().items()}
+    start = ours.start
     monkeypatch.setattr(ours, "start", lambda: pytest.fail("it was well"))
     with (
         VLLMSampler(model, ours, tolerance=1e-4, transfer=transfer) as sampler,
@@ -181,8 +198,7 @@ def test_a_connection_that_is_lost_takes_nothing_from_an_engine_that_was_not_sta
         server.drops = 1
         assert asyncio.run(sampler.sample(PROMPT, max_new_tokens=4, seed=1)) == before
         assert (server.asked("/collective_rpc"), server.asked("/reset_prefix_cache")) == orders
-        ours.num_starts += 1  # by another sampler of this server, after which it has the base model's
-        server.base.load_state_dict(base)
+        start()  # by another sampler of this server
         server.drops = 1
         if transfer == "memory":
             with pytest.raises(StaleWeightsError, match="came without files and is gone"):
@@ -208,9 +224,7 @@ def test_somebodys_server_that_answers_as_before_is_handed_nothing(transfer, mod
 
 
 @pytest.mark.parametrize("whose", ["ours", "somebody's"])
-def test_a_connection_that_is_lost_cuts_off_no_other(whose, model, server, untied) -> None:
-    ours = VLLMServer(untied, port=int(server.url.rsplit(":", 1)[1]))
-
+def test_a_connection_that_is_lost_cuts_off_no_other(whose, model, server, ours) -> None:
     async def beside(sampler: VLLMSampler) -> None:
         server.holds.clear()
         waiting = asyncio.create_task(sampler.sample(PROMPT, max_new_tokens=2, seed=1))
@@ -232,16 +246,8 @@ def test_a_connection_that_is_lost_cuts_off_no_other(whose, model, server, untie
     assert len(server.asked("/v1/completions")) == 1
 
 
-def test_an_engine_that_dies_is_started_once_for_all_that_asked_it(model, server, untied, monkeypatch) -> None:
+def test_an_engine_that_dies_is_started_once_for_all_that_asked_it(model, ours, monkeypatch) -> None:
     """Also where its weights are gone with it; and what sends newer ones is told that it is another engine."""
-    ours = VLLMServer(untied, port=int(server.url.rsplit(":", 1)[1]))
-    base = {name: tensor.clone() for name, tensor in server.base.state_dict().items()}
-
-    def start() -> None:
-        ours.num_starts += 1
-        server.base.load_state_dict(base)
-
-    monkeypatch.setattr(ours, "start", start)
     with (
         VLLMSampler(model, ours, tolerance=1e-4, transfer="memory") as sampler,
         fitrl.LocalTrainer(**CPU, sampler=sampler) as trainer,
@@ -276,16 +282,8 @@ def test_an_engine_that_dies_is_started_once_for_all_that_asked_it(model, server
 
 
 @pytest.fixture
-def dying(model, server, untied, monkeypatch):
+def dying(model, ours):
     """A sampler with version 1 on a server that starts anew with the base model's weights, and what it says."""
-    ours = VLLMServer(untied, port=int(server.url.rsplit(":", 1)[1]))
-    base = {name: tensor.clone() for name, tensor in server.base.state_dict().items()}
-
-    def start() -> None:
-        ours.num_starts += 1
-        server.base.load_state_dict(base)
-
-    monkeypatch.setattr(ours, "start", start)
     with (
         VLLMSampler(model, ours, tolerance=1e-4) as sampler,
         fitrl.LocalTrainer(**CPU, sampler=sampler) as trainer,

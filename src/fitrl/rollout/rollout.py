@@ -115,12 +115,13 @@ def _extended(tokenizer: PreTrainedTokenizerBase, seen: list[int], rendered: lis
     def length(count: int) -> int:
         return len(str(tokenizer.decode(rendered[:count])))
 
-    before = str(tokenizer.decode(seen))
-    start = len(seen)
+    before, start = str(tokenizer.decode(seen)), len(seen)
     # of a character that was cut off, the ids that stand for it in a text come one by one: the last place counts
     if rendered[:start] != seen or length(start + 1) == len(before):
         start = bisect.bisect_right(range(len(rendered) + 1), len(before), key=length) - 1
-    return seen + rendered[start:] if str(tokenizer.decode(rendered[:start])) == before else None
+        if str(tokenizer.decode(rendered[:start])) != before:
+            return None
+    return seen + rendered[start:]
 
 
 def _as_said(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> Message:
