@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 import fitrl
 from fitrl.errors import InvalidArgumentError, UnsupportedError
@@ -25,6 +25,7 @@ from fitrl_vllm.engine_side.fitrl_vllm_engine.channels import (
     NcclChannel,
     header_of,
 )
+from fitrl_vllm.engine_side.fitrl_vllm_engine.in_place import can_load_in_place
 from fitrl_vllm.engine_side.fitrl_vllm_engine.pieces import Assembly, Piece, fill
 from fitrl_vllm.transfer import MemorySender, NcclSender
 
@@ -57,18 +58,33 @@ def assert_same(found: list[tuple[str, Tensor]], weights: list[tuple[str, Tensor
     size=st.integers(16, 200),
     most=st.integers(1, 4),
     dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+    keeps=st.booleans(),
 )
-def test_tensors_are_put_together_from_their_pieces(shapes, size, most, dtype) -> None:
-    weights, assembly = weights_of(shapes), Assembly(CPU)
+def test_tensors_are_put_together_from_their_pieces(shapes, size, most, dtype, keeps) -> None:
+    weights, assembly = weights_of(shapes), Assembly(CPU, keeps=keeps)
     buffer = torch.zeros(size, dtype=torch.uint8)
     found = []
     for table, used in fill(iter(weights), iter(lambda: buffer, None), dtype, most):
         assert 0 < used <= size and 0 < len(table) <= most
         assert all(piece.offset % 16 == 0 for piece in table)
-        found += assembly.take(table, buffer)
-        buffer.fill_(255)  # what was taken is a copy
+        found += [(name, tensor if keeps else tensor.clone()) for name, tensor in assembly.take(table, buffer)]
+        buffer.fill_(255)  # what was taken is a copy, or was copied
     assembly.finish()
     assert_same(found, weights, dtype)
+
+
+def test_weights_are_loaded_in_place_where_nothing_is_made_of_them() -> None:
+    def module(kind: str, method: str | None = None) -> nn.Module:
+        made = type(kind, (nn.Module,), {})()
+        made.quant_method = None if method is None else type(method, (), {})()
+        return made
+
+    gpu, plain = torch.device("cuda", 0), module("QKVParallelLinear", "UnquantizedLinearMethod")
+    dense = nn.Sequential(module("VocabParallelEmbedding", "UnquantizedEmbeddingMethod"), plain, module("Attention"))
+    assert can_load_in_place(dense, gpu)
+    assert not can_load_in_place(dense, CPU)
+    for other in (module("FusedMoE", "UnquantizedFusedMoEMethod"), module("MLAAttention"), module("Any", "Fp8Method")):
+        assert not can_load_in_place(nn.Sequential(dense, other), gpu)
 
 
 def test_a_tensor_that_lacks_pieces_is_no_tensor() -> None:

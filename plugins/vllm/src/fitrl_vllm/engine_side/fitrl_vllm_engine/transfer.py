@@ -22,6 +22,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from .channels import MemoryChannel, NcclChannel
+from .in_place import can_load_in_place
 from .nccl import Communicator
 from .packed_heads import pack_again
 from .pieces import Assembly
@@ -51,6 +52,7 @@ class Transfer(WeightTransferEngine[Init, Update]):
     supports_draft_weight_update = False
     _channel: MemoryChannel | NcclChannel | None = None
     _communicator: Communicator | None = None
+    _in_place: bool = False
 
     def init_transfer_engine(self, init_info: Init) -> None:
         """Join the trainer."""
@@ -66,8 +68,10 @@ class Transfer(WeightTransferEngine[Init, Update]):
         self._channel = NcclChannel(self._communicator, self.device)
 
     def start_weight_update(self) -> None:
-        """Take weights as checkpoints have them, layer by layer."""
-        initialize_layerwise_reload(self.model)
+        """Take weights as checkpoints have them: in place where the model holds them so, else layer by layer."""
+        self._in_place = can_load_in_place(self.model, self.device)
+        if not self._in_place:
+            initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: Update) -> None:
         """Load what comes over the channel; what broke off leaves no count of what had come, and can be made again."""
@@ -76,20 +80,24 @@ class Transfer(WeightTransferEngine[Init, Update]):
                 self.model.load_weights(self._received())
         except BaseException:
             with contextlib.suppress(Exception):  # of layers that are half there
-                finalize_layerwise_reload(self.model, self.model_config)
+                self._finish()
             raise
 
     def _received(self) -> Iterator[tuple[str, Tensor]]:
         assert self._channel is not None, "init_weight_transfer_engine comes first"
-        assembly = Assembly(self.device)
+        assembly = Assembly(self.device, keeps=not self._in_place)
         for table, buffer in self._channel:
             yield from assembly.take(table, buffer)
         assembly.finish()
 
     def finish_weight_update(self) -> None:
         """Put the new weights in place."""
-        finalize_layerwise_reload(self.model, self.model_config)
+        self._finish()
         pack_again(self.model)
+
+    def _finish(self) -> None:
+        if not self._in_place:
+            finalize_layerwise_reload(self.model, self.model_config)
 
     def shutdown(self) -> None:
         """Leave the trainer."""
