@@ -56,7 +56,13 @@ class Engine:
         for name, one in list(self.running.items()):
             one.said.append(one.prompt[0])
             finished = len(one.said) == one.params.max_tokens
-            found = [{token: SimpleNamespace(logprob=-0.5)} for token in one.said]
+            assert one.params.flat_logprobs
+            places = range(len(one.said))
+            found = SimpleNamespace(
+                start_indices=[2 * at for at in places],
+                end_indices=[2 * at + 2 for at in places],
+                logprobs=[-0.5, -0.25] * len(places),  # of what was sampled, and of the likeliest
+            )
             choices = [
                 SimpleNamespace(index=n, token_ids=one.said, logprobs=found, text="", finish_reason="length")
                 for n in reversed(range(one.params.n))
@@ -110,6 +116,22 @@ def test_requests_join_those_under_way(inside, engine) -> None:
     assert one.token_ids == (1, 1, 1) and one.logprobs == (-0.5,) * 3 and one.finish_reason == "length"
     assert [item.token_ids for item in two] == [(2,) * 14] * 2  # what the context has room for
     assert engine.together[:2] == [1, 2]
+
+
+def test_steps_go_on_until_there_is_something_to_say(inside, engine, monkeypatch) -> None:
+    turns, step = [], inside._step
+
+    def counted(*arguments: Any) -> dict[str, Any]:
+        turns.append(len(engine.together))
+        return step(*arguments)
+
+    monkeypatch.setattr(inside, "_step", counted)
+
+    async def both() -> None:
+        await asyncio.gather(*(inside.complete(asked(1, tokens=tokens), adapter=False) for tokens in (5, 9)))
+
+    asyncio.run(both())
+    assert turns == [0, 5] and len(engine.together) == 9
 
 
 def test_a_request_that_is_given_up_is_taken_out(inside, engine) -> None:

@@ -68,15 +68,14 @@ class InProcessEngine:
             stop=list(request.stop),
             seed=request.seed,
             logprobs=0,
+            flat_logprobs=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         output = await self._ask(request.prompt_ids, params, adapter)
         return [
             Answer(
                 token_ids=tuple(out.token_ids),
-                logprobs=tuple(
-                    float(by_id[token].logprob) for token, by_id in zip(out.token_ids, out.logprobs, strict=True)
-                ),
+                logprobs=_first_of_each(out.logprobs),
                 text=out.text,
                 finish_reason=str(out.finish_reason),
             )
@@ -89,11 +88,14 @@ class InProcessEngine:
         from vllm.sampling_params import RequestOutputKind
 
         params = SamplingParams(
-            max_tokens=1, temperature=1.0, prompt_logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY
+            max_tokens=1,
+            temperature=1.0,
+            prompt_logprobs=0,
+            flat_logprobs=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
         )
         output = await self._ask(token_ids, params, adapter)
-        found = zip(token_ids[1:], output.prompt_logprobs[1:], strict=True)
-        return [float(by_id[token].logprob) for token, by_id in found]
+        return list(_first_of_each(output.prompt_logprobs))
 
     async def load_adapter(self, folder: Path) -> None:
         """Take it in place of the one before, under a number that no cached prompt was computed with."""
@@ -188,7 +190,11 @@ class InProcessEngine:
                     _settle(self._under_way.pop(name), output)
 
     def _step(self, arrived: dict[str, _Asked], gone: list[str]) -> dict[str, Any]:
-        """One step of the engine: answers that are whole, or why a request was refused."""
+        """Steps of the engine, until there is something to say: answers that are whole, or why a request was refused.
+
+        The loop is returned to where a request arrived or was given up, not after each step: that would be two
+        hand-overs between threads for every token.
+        """
         engine, outputs = self._llm.llm_engine, {}
         for name, asked in arrived.items():
             if name not in gone:
@@ -199,9 +205,17 @@ class InProcessEngine:
                     outputs[name] = error
         if running := [name for name in gone if name not in arrived]:
             engine.abort_request(running)
-        if engine.has_unfinished_requests():
-            outputs |= {output.request_id: output for output in engine.step() if output.finished}
+        while engine.has_unfinished_requests() and not outputs:
+            outputs = {output.request_id: output for output in engine.step() if output.finished}
+            if self._arrived or any(asked.answer.cancelled() for asked in self._under_way.values()):
+                break
         return {name: output for name, output in outputs.items() if name not in gone}
+
+
+def _first_of_each(positions: Any) -> tuple[float, ...]:
+    """Of vLLM's flat logprobs: the token that is there comes first, and a prompt's first one has none."""
+    starts, ends = positions.start_indices, positions.end_indices
+    return tuple(positions.logprobs[start] for start, end in zip(starts, ends, strict=True) if start < end)
 
 
 def _settle(asked: _Asked, outcome: Any) -> None:
