@@ -25,16 +25,17 @@ def _spans(bounds: tuple[Tensor, Tensor]) -> Iterator[tuple[slice, slice]]:
         yield slice(a, b), slice(c, d)
 
 
-def _pairs(bounds: tuple[Tensor, Tensor], longest: tuple[int, int], length: int, causal: bool) -> Tensor:
-    """[L, L] bool: who sees whom by the lengths that the flash kernel is given."""
-    seen = torch.zeros(length, length, dtype=torch.bool)
+def _pairs(bounds: tuple[Tensor, Tensor], longest: tuple[int, int], shape: tuple[int, int], causal: bool) -> Tensor:
+    """[queries, keys] bool: who sees whom by the lengths that the flash kernel is given."""
+    seen = torch.zeros(shape, dtype=torch.bool)
     for queries, keys in _spans(bounds):
+        size = queries.stop - queries.start, keys.stop - keys.start
         # of stretches that are longer, also of those without the other, the kernel leaves results unwritten
-        assert queries.stop - queries.start <= longest[0] and keys.stop - keys.start <= longest[1]
-        block = torch.ones(queries.stop - queries.start, keys.stop - keys.start, dtype=torch.bool)
-        seen[queries, keys] = block.tril() if causal else block
+        assert size[0] <= longest[0] and size[1] <= longest[1]
+        block = torch.ones(size, dtype=torch.bool)
+        seen[queries, keys] = block.tril(size[1] - size[0]) if causal else block  # the last ones are in one line
     assert [int(bound[0]) for bound in bounds] == [0, 0]
-    assert [int(bound[-1]) for bound in bounds] == [length, length]  # else some results would not be written
+    assert tuple(int(bound[-1]) for bound in bounds) == shape  # else some results would not be written
     return seen
 
 
@@ -45,7 +46,7 @@ def _logits(query: Tensor, key: Tensor, scale: float, seen: Tensor) -> Tensor:
 
 def _flash_forward(query: Any, key: Any, value: Any, bounds: Any, longest: Any, scale: float, *, causal: bool) -> Any:
     """By its definition, float64; 0 and infinity where there is no key, as the kernel has it."""
-    logits = _logits(query, key, scale, _pairs(bounds, longest, len(query), causal))
+    logits = _logits(query, key, scale, _pairs(bounds, longest, (len(query), len(key)), causal))
     sums = logits.logsumexp(-1)
     weights = logits.softmax(-1).nan_to_num(0.0)
     value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
@@ -58,7 +59,9 @@ def _flash_backward(
 ) -> Any:  # fmt: skip
     """Formulas of Dao et al. 2022, appendix B.2, with the log-sum-exps and results that are given."""
     groups = query.shape[1] // key.shape[1]
-    weights = (_logits(query, key, scale, _pairs(bounds, longest, len(query), causal)) - sums[..., None]).exp()
+    weights = (
+        _logits(query, key, scale, _pairs(bounds, longest, (len(query), len(key)), causal)) - sums[..., None]
+    ).exp()
     each_key, each_value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     of_value = torch.einsum("hqk,qhd->khd", weights, gradient)
     through = torch.einsum("qhd,khd->hqk", gradient, each_value)

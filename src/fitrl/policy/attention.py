@@ -9,7 +9,7 @@ row's histories would alone; everything else, padded batches and sampling with a
 | CPU; float64; heads of fewer than 16 numbers          | a dense mask: the reference                 |
 | CUDA, 16-bit, nothing shared, logits not soft-capped  | flash attention over lengths                |
 | the same, one history of 8,192 tokens, on a Hopper    | cuDNN's attention                           |
-| CUDA, 16-bit, shared, whole, no window, no soft cap   | flash attention by parts, `tree_attention`  |
+| CUDA, 16-bit, shared, no window, no soft cap          | flash attention by parts, `tree_attention`  |
 | CUDA otherwise                                        | FlexAttention, compiled once for all shapes |
 
 All of it can be traced: a compiled decoder layer is one graph, its attention in the middle. So masks are made before
@@ -207,7 +207,7 @@ def choose_kernel(
         return "causal"
     if row.crossings is None:
         return "lengths"
-    return "tree" if window is None and not row.is_stretch else "flex"
+    return "tree" if window is None else "flex"
 
 
 def dense_attention(
@@ -242,8 +242,8 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float)
 
 def shared_attention(query: Tensor, key: Tensor, value: Tensor, row: PackedRow, *, scale: float) -> Tensor:
     """`attend` with shared prefixes, without a window or a soft cap, by `tree_attention`."""
-    query, key, value = (heads[0].transpose(0, 1) for heads in (query, key, value))
-    lengths = (row.boundaries, row.crossings, row.longest, *row.longest_crossing)
+    query, key, value = (heads[0].transpose(0, 1) for heads in (query, *_with_a_part(key, value, row)))
+    lengths = (row.query_bounds, row.key_bounds, row.crossings, row.longest, *row.longest_crossing)
     attended: Tensor = tree_attention(query, key, value, *lengths, scale)[0]
     return attended[None]
 
@@ -255,13 +255,16 @@ def length_attention(
     options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
     if _FLASH_IS_TOLD_OF_GROUPS:
         options["enable_gqa"] = query.shape[1] != key.shape[1]
-    if row.is_stretch:  # what lies behind it has no part: its gradient is zero, which the kernel would not write
-        key, value = key[:, :, : row.behind], value[:, :, : row.behind]
-    query, key, value = (heads[0].transpose(0, 1) for heads in (query, key, value))
+    query, key, value = (heads[0].transpose(0, 1) for heads in (query, *_with_a_part(key, value, row)))
     # of fewer queries than keys the kernel takes the last to be in one line
     bounds = row.query_bounds, row.key_bounds
     attended: Any = varlen_attn(query, key, value, *bounds, row.longest, row.longest, **options)
     return attended[None]  # type: ignore[no-any-return]
+
+
+def _with_a_part(key: Tensor, value: Tensor, row: PackedRow) -> tuple[Tensor, Tensor]:
+    """Without what lies behind a stretch: its gradient is zero, which flash attention would not write."""
+    return (key[:, :, : row.behind], value[:, :, : row.behind]) if row.is_stretch else (key, value)
 
 
 def flex_attention(
@@ -328,5 +331,5 @@ def prepare(row: PackedRow, network: Any) -> None:
         window = None if width is not None and width >= row.longest else width
         if device != "cuda":
             row.dense(window)
-        elif not flash or (row.crossings is not None and (window is not None or row.is_stretch)):
+        elif not flash or (row.crossings is not None and window is not None):
             row.blocks(window)

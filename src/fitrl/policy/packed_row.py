@@ -38,6 +38,7 @@ class PackedRow:
         behind: the place behind the last one.
         query_bounds: [S + 1] int32, where each segment begins among the queries.
         key_bounds: [S + 1] int32, where it begins among the keys; up to the last query it ends where the queries do.
+        crossings: see `ModelInputs`, of these queries.
     """
 
     def __init__(
@@ -77,6 +78,10 @@ class PackedRow:
             self.first, self.behind = (self.length * place // count for place in (number, number + 1))
             self.query_bounds = self.boundaries.clamp(self.first, self.behind) - self.first
             self.key_bounds = self.boundaries.clamp(max=self.behind)
+            if self.crossings is not None:
+                below, above = self.crossings.unbind(1)
+                below = below.clamp(self.first, self.behind) - self.first
+                self.crossings = torch.stack([below, above.clamp(max=self.behind)], dim=1)
         self._dense: dict[int | None, Tensor] = {}
         self._blocks: dict[int | None, BlockMask] = {}
 

@@ -69,26 +69,28 @@ def _compiled_merge() -> Callable[..., tuple[Tensor, Tensor]]:
     return merge  # type: ignore[no-any-return]
 
 
-_Lengths = tuple[Tensor, Tensor, int, int, int]  # boundaries, crossings, longest segment, longest (queries, keys)
+# where segments begin among queries and keys, crossings, longest segment, longest (queries, keys)
+_Lengths = tuple[Tensor, Tensor, Tensor, int, int, int]
 
 
 def _parts(lengths: _Lengths) -> list[tuple[tuple[Tensor, Tensor], tuple[int, int], bool]]:
-    boundaries, crossings, longest, queries, keys = lengths
-    parts = [((boundaries, boundaries), (longest, longest), True)]
+    query_bounds, key_bounds, crossings, longest, queries, keys = lengths
+    parts = [((query_bounds, key_bounds), (longest, longest), True)]
     return parts + [((below, above), (queries, keys), False) for below, above in crossings]
 
 
 @custom_op(
     "fitrl::tree_attention",
     mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor boundaries, Tensor crossings, SymInt longest, "
-    "SymInt longest_below, SymInt longest_above, float scale) -> (Tensor, Tensor)",
+    schema="(Tensor query, Tensor key, Tensor value, Tensor query_bounds, Tensor key_bounds, Tensor crossings, "
+    "SymInt longest, SymInt longest_below, SymInt longest_above, float scale) -> (Tensor, Tensor)",
 )
 def tree_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    boundaries: Tensor,
+    query_bounds: Tensor,
+    key_bounds: Tensor,
     crossings: Tensor,
     longest: int,
     longest_below: int,
@@ -99,10 +101,11 @@ def tree_attention(
 
     Args:
         query: [L, heads, D] bf16 or fp16.
-        key: [L, key heads, D].
-        value: [L, key heads, D].
-        boundaries: see `ModelInputs`; so are the next four.
-        crossings: [depths, 2, N + 1].
+        key: [K, key heads, D], as many keys or, where the queries are a stretch of the row, more.
+        value: [K, key heads, D].
+        query_bounds: see `PackedRow`; so is the next.
+        key_bounds: [S + 1]; of a segment with fewer queries than keys, the queries are its last tokens.
+        crossings: [depths, 2, N + 1], see `ModelInputs`; so are the next three.
         longest: of the segments, or more.
         longest_below: queries.
         longest_above: keys.
@@ -110,7 +113,7 @@ def tree_attention(
     """
     merge = _compiled_merge() if query.device.type == "cuda" else _merge
     attended, sums = query, query
-    for bounds, most, causal in _parts((boundaries, crossings, longest, longest_below, longest_above)):
+    for bounds, most, causal in _parts((query_bounds, key_bounds, crossings, longest, longest_below, longest_above)):
         found = _flash_forward(query, key, value, bounds, most, scale, causal=causal)
         attended, sums = found if causal else merge(attended, sums, *found)
     return attended.contiguous(), sums
@@ -125,9 +128,9 @@ def _(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 @custom_op(
     "fitrl::tree_attention_backward",
     mutates_args=(),
-    schema="(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor attended, Tensor sums, Tensor boundaries, "
-    "Tensor crossings, SymInt longest, SymInt longest_below, SymInt longest_above, float scale) "
-    "-> (Tensor, Tensor, Tensor)",
+    schema="(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor attended, Tensor sums, "
+    "Tensor query_bounds, Tensor key_bounds, Tensor crossings, SymInt longest, SymInt longest_below, "
+    "SymInt longest_above, float scale) -> (Tensor, Tensor, Tensor)",
 )
 def _tree_attention_backward(
     gradient: Tensor,
@@ -136,7 +139,8 @@ def _tree_attention_backward(
     value: Tensor,
     attended: Tensor,
     sums: Tensor,
-    boundaries: Tensor,
+    query_bounds: Tensor,
+    key_bounds: Tensor,
     crossings: Tensor,
     longest: int,
     longest_below: int,
@@ -144,7 +148,7 @@ def _tree_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     total: tuple[Tensor, ...] = ()
-    for bounds, most, causal in _parts((boundaries, crossings, longest, longest_below, longest_above)):
+    for bounds, most, causal in _parts((query_bounds, key_bounds, crossings, longest, longest_below, longest_above)):
         found = _flash_backward(
             gradient.contiguous(), query, key, value, attended, sums, bounds, most, scale, causal=causal
         )
@@ -159,16 +163,16 @@ def _(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:5], *output)
-    ctx.numbers = inputs[5:]
+    ctx.save_for_backward(*inputs[:6], *output)
+    ctx.numbers = inputs[6:]
 
 
 def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    query, key, value, boundaries, crossings, attended, sums = ctx.saved_tensors
+    query, key, value, *bounds, attended, sums = ctx.saved_tensors
     gradients: tuple[Tensor, ...] = torch.ops.fitrl.tree_attention_backward(
-        gradient, query, key, value, attended, sums, boundaries, crossings, *ctx.numbers
+        gradient, query, key, value, attended, sums, *bounds, *ctx.numbers
     )
-    return (*gradients, *(None,) * 6)
+    return (*gradients, *(None,) * 7)
 
 
 tree_attention.register_autograd(_backward, setup_context=_setup_context)
