@@ -72,25 +72,21 @@ class Assembly:
 
     Args:
         device: of the tensors.
-        keeps: whether a tensor stays as it is when the next one is asked for; else it may lie in the bucket itself.
     """
 
-    def __init__(self, device: torch.device, *, keeps: bool = True) -> None:
-        self._device, self._keeps = device, keeps
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._tensor: Tensor | None = None
 
     def take(self, table: Iterable[Piece], buffer: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """The tensors that a bucket completes; copies of its bytes are made on the current stream."""
+        """The tensors that a bucket completes; its bytes are copied, on the current stream."""
         for piece in table:
             kind: torch.dtype = getattr(torch, piece.dtype)
-            size = piece.length * kind.itemsize
-            stretch = buffer[piece.offset : piece.offset + size].view(kind)
-            if not self._keeps and piece.length == math.prod(piece.shape):
-                yield piece.name, stretch.view(piece.shape)
-                continue
             if piece.start == 0:
                 self._tensor = torch.empty(piece.shape, dtype=kind, device=self._device)
             assert self._tensor is not None
+            size = piece.length * kind.itemsize
+            stretch = buffer[piece.offset : piece.offset + size].view(kind)
             self._tensor.view(-1)[piece.start : piece.start + piece.length].copy_(stretch)
             if piece.start + piece.length == self._tensor.numel():
                 yield piece.name, self._tensor

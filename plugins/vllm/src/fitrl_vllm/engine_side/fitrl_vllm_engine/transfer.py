@@ -85,7 +85,7 @@ class Transfer(WeightTransferEngine[Init, Update]):
 
     def _received(self) -> Iterator[tuple[str, Tensor]]:
         assert self._channel is not None, "init_weight_transfer_engine comes first"
-        assembly = Assembly(self.device, keeps=not self._in_place)
+        assembly = Assembly(self.device)
         for table, buffer in self._channel:
             yield from assembly.take(table, buffer)
         assembly.finish()
