@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import sys
 import threading
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+import fitrl
 from fitrl.errors import InvalidArgumentError
 from fitrl_vllm import EngineError, InProcessEngine
 from fitrl_vllm.engine import Answer, Request
@@ -56,7 +62,7 @@ class Engine:
         for name, one in list(self.running.items()):
             one.said.append(one.prompt[0])
             finished = len(one.said) == one.params.max_tokens
-            assert one.params.flat_logprobs
+            assert one.params.flat_logprobs and not one.params.detokenize
             places = range(len(one.said))
             found = SimpleNamespace(
                 start_indices=[2 * at for at in places],
@@ -85,7 +91,13 @@ def engine(monkeypatch) -> Engine:
 
 @pytest.fixture
 def inside(engine) -> InProcessEngine:
-    return InProcessEngine(SimpleNamespace(llm_engine=engine, model_config=SimpleNamespace(max_model_len=16)))
+    return InProcessEngine(llm_with(fitrl.load_tokenizer("tiny"), engine))
+
+
+def llm_with(tokenizer: Any, engine: Engine | None = None) -> Any:
+    return SimpleNamespace(
+        llm_engine=engine, model_config=SimpleNamespace(max_model_len=16), get_tokenizer=lambda: tokenizer
+    )
 
 
 def asked(first: int, *, tokens: int = 3, n: int = 1, temperature: float = 1.0) -> Request:
@@ -173,6 +185,37 @@ def test_a_step_that_fails_fails_its_requests_and_not_later_ones(inside, engine)
     *failed, [later] = asyncio.run(two())
     assert all(isinstance(error, EngineError) and "out of memory" in str(error) for error in failed)
     assert later.token_ids == (3, 3, 3) and sorted(engine.aborted) == ["fitrl-0", "fitrl-1"]
+
+
+def metaspace() -> PreTrainedTokenizerFast:
+    """As Llama 2's: a token says whether a space is before it, and a text begins without one."""
+    words = {word: number for number, word in enumerate(["</s>", "▁", "▁a", "a", "▁b", "é", "漢", "."])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="."))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
+@pytest.mark.parametrize("tokenizer", [fitrl.load_tokenizer("tiny"), metaspace()], ids=["bytes", "metaspace"])
+@given(data=st.data(), ended=st.booleans())
+def test_texts_are_what_a_stream_of_tokens_says(tokenizer, data, ended) -> None:
+    """vLLM makes them token by token, by tokenizers' `DecodeStream`."""
+    special = tokenizer.eos_token_id
+
+    def tokens(least: int) -> list[int]:
+        if tokenizer.vocab_size < 256:
+            return data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), min_size=least, max_size=12))
+        parts = data.draw(st.lists(st.text("ab é漢.", max_size=3), min_size=least, max_size=6))
+        ids = [[*tokenizer(part, add_special_tokens=False)["input_ids"], special] for part in parts]
+        return [one for part in ids for one in part][: None if least else -1]
+
+    prompt, said = tokens(1), tokens(0)
+    stream = decoders.DecodeStream(ids=prompt, skip_special_tokens=True)
+    expected = "".join(stream.step(tokenizer._tokenizer, one) or "" for one in said)
+    out = SimpleNamespace(
+        token_ids=[*said, *[special] * ended], finish_reason="stop" if ended else "length", text="not asked for"
+    )
+    request = dataclasses.replace(asked(0), prompt_ids=tuple(prompt))
+    assert InProcessEngine(llm_with(tokenizer))._text(request, out) == expected
 
 
 def test_a_prompt_without_room_is_refused(inside) -> None:

@@ -248,5 +248,10 @@ def test_an_engine_in_this_process(transfer, untied, tmp_path, own_environment) 
 
             kept = asyncio.run(while_another_is_given_up())
             assert kept == asyncio.run(sampler.sample(PROMPT, n=4, max_new_tokens=32, seed=1))
+            # with a string to stop at vLLM makes the texts itself; of a character that was cut off it says nothing
+            theirs = asyncio.run(sampler.sample(PROMPT, n=4, max_new_tokens=32, seed=1, stop=["never said"]))
+            assert [item.token_ids for item in kept] == [item.token_ids for item in theirs]
+            texts, others = ([item.message["content"] for item in items] for items in (kept, theirs))
+            assert [text.rstrip("\ufffd") for text in texts] == others
     finally:
         llm.llm_engine.engine_core.shutdown()
