@@ -203,7 +203,8 @@ def test_texts_are_what_a_stream_of_tokens_says(tokenizer, data, ended) -> None:
 
     def tokens(least: int) -> list[int]:
         if tokenizer.vocab_size < 256:
-            return data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), min_size=least, max_size=12))
+            ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=12))
+            return ids + data.draw(st.lists(st.integers(1, tokenizer.vocab_size - 1), min_size=least, max_size=1))
         parts = data.draw(st.lists(st.text("ab é漢.", max_size=3), min_size=least, max_size=6))
         ids = [[*tokenizer(part, add_special_tokens=False)["input_ids"], special] for part in parts]
         return [one for part in ids for one in part][: None if least else -1]

@@ -14,7 +14,7 @@ from fitrl.errors import InvalidArgumentError
 from fitrl_vllm.engine import ADAPTER, Answer, Request, Revived
 from fitrl_vllm.errors import EngineError
 
-_BEFORE = 8
+_BEFORE = 8  # tokens of the prompt that a text is decoded behind
 
 
 @dataclass(frozen=True, slots=True)
