@@ -57,6 +57,7 @@ PARTS = ("transfer_s", "load_s", "proof_s", "total_s")
 WHAT = ("tokens", "full", "lora", "inside")
 
 Ids = list[tuple[int, ...]]
+Rates = dict[str, list[float]]
 Ask = Callable[[Sequence[int], int, int, float, int | None], Awaitable[Ids]]
 """Prompt, completions, tokens, temperature and seed to token ids."""
 
@@ -157,22 +158,24 @@ async def each(prompts: Sequence[Sequence[int]], samples: int, tokens: int, ask:
     return sum(len(ids) for answer in said for ids in answer)
 
 
-async def rates(ways: dict[str, Callable[[], Awaitable[int]]], runs: int) -> dict[str, list[float]]:
-    """Tokens/s of each way, by turns; the first run of each is not counted.
+async def rates(ways: dict[str, Callable[[], Awaitable[int]]], runs: int) -> tuple[Rates, Rates]:
+    """Tokens/s of each way, and microseconds of this process's CPU time for a token, by turns; a first run is left out.
 
     What was loaded is kept from the garbage collector: going over all of it takes half a second, in whichever run it
     comes.
     """
     gc.collect()
     gc.freeze()
-    found: dict[str, list[float]] = {name: [] for name in ways}
+    found: Rates = {name: [] for name in ways}
+    host: Rates = {name: [] for name in ways}
     for run in range(runs + 1):
         for name in list(ways)[:: 1 if run % 2 else -1]:
-            start = time.perf_counter()
-            rate = await ways[name]() / (time.perf_counter() - start)
+            start, worked = time.perf_counter(), time.process_time()
+            tokens = await ways[name]()
             if run:
-                found[name].append(rate)
-    return found
+                found[name].append(tokens / (time.perf_counter() - start))
+                host[name].append(1e6 * (time.process_time() - worked) / tokens)
+    return found, host
 
 
 def compared(mine: list[float], theirs: list[float], **further: Any) -> dict[str, Any]:
@@ -350,7 +353,7 @@ class Benchmark:
             self.num_compared += await same_ids(self.prompts[:8], options.tokens, mine, bare)
             asks = {"sampler": mine, "engine": bare, "plain": by_http(client, plain=True)}
             ways = {name: functools.partial(each, *self.work, ask) for name, ask in asks.items()}
-            found = await rates(ways, options.runs)
+            found, _ = await rates(ways, options.runs)  # the server's host is another process
         return compared(found["sampler"], found["engine"], plain_per_s=statistics.median(found["plain"]))
 
     def server(self, lora: fitrl.LoraSettings | None) -> VLLMServer:
@@ -414,16 +417,17 @@ class Benchmark:
         async def bare() -> int:
             return sum(map(len, await asyncio.to_thread(generate, llm, prompts, samples, tokens, temperature=1.0)))
 
-        async def run(ask: Ask) -> dict[str, list[float]]:
+        async def run(ask: Ask) -> tuple[Rates, Rates]:
             self.num_compared += await same_ids(prompts[:8], tokens, ask, one)
             return await rates({"sampler": lambda: each(*self.work, ask), "engine": bare}, self.options.runs)
 
         try:
             with self.sampler("inside", InProcessEngine(llm)) as sampler:
-                found = asyncio.run(run(by_sampler(sampler)))
+                found, host = asyncio.run(run(by_sampler(sampler)))
         finally:
             llm.llm_engine.engine_core.shutdown()
-        self.throughput["`LLM` in this process"] = compared(found["sampler"], found["engine"])
+        costs = {f"{name}_host_us": statistics.median(each_run) for name, each_run in host.items()}
+        self.throughput["`LLM` in this process"] = compared(found["sampler"], found["engine"], **costs)
 
 
 def gpu_of(number: int) -> dict[str, str]:
@@ -451,6 +455,13 @@ def table(benchmark: Benchmark) -> str:
             f"| {name} | {plain} | {row['engine_per_s']:,.0f} | {row['sampler_per_s']:,.0f} | {row['ratio']:.2f} | "
             f"{between} |"
         )
+    for name, row in benchmark.throughput.items():
+        if "sampler_host_us" in row:
+            lines += [
+                "",
+                f"{name}: a token takes {row['sampler_host_us']:.1f} us of the process's CPU time by the sampler, "
+                f"{row['engine_host_us']:.1f} us bare.",
+            ]
     lines += [
         "",
         "| exchange | MB | transfer, ms | of it loading, ms | then proof, ms | whole, ms | copy, ms | to copy |",
