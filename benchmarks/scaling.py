@@ -11,7 +11,8 @@ With `--profile` the first process of each job runs one more call under torch's 
 (`gaps.py`). A job that takes longer than `--limit` seconds is ended, and told as an error.
 
 With `--titan` torchtitan's plans (`plugins/titan`) beside one device and `fitrl_fsdp2`, compiled, tensor parallel from
-torch 2.13 on; `--ranks 1` compares torchtitan's modules with transformers' on a single device.
+torch 2.13 on; `--ranks 1` compares torchtitan's modules with transformers' on a single device. A microbatch has 16,384
+positions; with context parallel each of the ranks that share one has so many.
 
     python benchmarks/scaling.py [--ranks 2] [--output benchmarks/results]             on a machine with so many GPUs
     python benchmarks/scaling.py --tensor-parallel 2 ...                               fitrl_fsdp2 by groups of two
@@ -247,7 +248,7 @@ def job(number: int, strategy: str, options: argparse.Namespace) -> None:
                 groups,
                 learning_rate=1e-6,
                 save_checkpoint=False,
-                max_tokens_per_microbatch=16384 // cut,
+                max_tokens_per_microbatch=16384 // cut * (2 if strategy.endswith("context 2") else 1),
             )
             _synchronize(device)
             return time.perf_counter() - start, result

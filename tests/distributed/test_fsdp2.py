@@ -36,6 +36,11 @@ TOLERANCE = {
 TOLERANCE |= {f"{name}, whole in a step": TOLERANCE[name] for name in ("bfloat16", "adapters, bfloat16")}
 
 
+def stays_whole(case: str, told: str) -> bool:
+    """Whether a case was told to keep it whole; on GPUs so small a model does by itself."""
+    return told in case or (ACCELERATOR == "gpu" and "offloaded" not in case)
+
+
 def assert_same_gradients(ours: list[list[float]], expected: list[list[float]]) -> None:
     """Of all steps, the first one before Adam has made more of last bits."""
     assert len(ours) == len(expected)
@@ -109,7 +114,7 @@ def test_weights_are_gathered_once_for_a_step_where_they_stay_whole(seen, case) 
     for name in ("two.0", "two.1"):
         rank = seen[name]["train"][case]
         assert rank["microbatches"] > 1
-        if "whole in a step" in case:
+        if stays_whole(case, "whole in a step"):
             assert rank["gathers"] == rank["parts"]
         else:
             assert rank["gathers"] >= rank["microbatches"] * rank["parts"]
@@ -268,7 +273,7 @@ def test_what_is_offloaded_cannot_stay_on_the_device(name) -> None:
 def test_gradients_are_summed_once_for_a_step_where_they_stay_whole(seen, case) -> None:
     for name in ("two.0", "two.1"):
         rank = seen[name]["train"][case]
-        if "summed once" in case:
+        if stays_whole(case, "summed once"):
             assert rank["sums"] == rank["parts"]
         else:
             assert rank["sums"] >= rank["microbatches"] * (

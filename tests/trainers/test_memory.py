@@ -14,7 +14,8 @@ from fitrl.data.batch import Batch
 from fitrl.data.packing import pack
 from fitrl.policy.loading import load_policy
 from fitrl.policy.module import PolicyModule
-from fitrl.trainers.memory import halve
+from fitrl.policy.policy import Policy
+from fitrl.trainers.memory import halve, max_tokens
 from samples import make_groups, make_samples
 
 CPU = {"accelerator": "cpu", "devices": 1, "enable_model_summary": False}
@@ -147,6 +148,24 @@ def test_other_ranks_cannot_be_made_to_start_again(tmp_path, monkeypatch) -> Non
     monkeypatch.setattr("fitrl.data.ranks.world_size", lambda: 2)
     with pytest.raises(fitrl.errors.OutOfMemoryError, match=f"max_tokens_per_microbatch={module.most_positions}"):
         halve(batches[0].num_positions, samples, module, MemoryError())
+
+
+def test_ranks_that_share_a_row_have_room_for_a_longer_one(tmp_path, monkeypatch) -> None:
+    """Each holds the activations of its part only, so twice the ranks fit twice the positions."""
+    module = PolicyModule(fitrl.TrainableModel("run", "memory", "tiny", lora=None, root=tmp_path))
+    module._policy = load_policy("tiny")
+    samples = make_samples(seed=1, num_trajectories=8)
+    monkeypatch.setattr(PolicyModule, "has_moments", True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((4 << 30) + (64 << 20), 80 << 30))
+    for name in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 0)
+    found = []
+    for ranks in (1, 2):
+        monkeypatch.setattr(Policy, "ranks_per_row", ranks)
+        found.append(max_tokens(samples, None, module, torch.device("cuda")))
+    one, two = found
+    assert 1000 < one < 30000
+    assert two == pytest.approx(2 * one, abs=1)
 
 
 def test_an_optimizer_that_does_not_fit_loses_no_checkpoint(tmp_path, monkeypatch) -> None:

@@ -15,12 +15,14 @@ import torch
 from torch._dynamo.utils import counters
 
 import fitrl
+from distributed.fsdp2_worker import collectives
 from fitrl.data import ranks
 from fitrl.demo import TASKS, correct
 from fitrl_titan import TitanTrainer
 from samples import make_groups
 
 ACCELERATOR = os.environ.get("FITRL_TEST_ACCELERATOR", "cpu")
+WHOLE = {"reshard_after_forward": False, "sync_every_microbatch": False}
 TENSOR, CONTEXT = {"tensor_parallel_size": 2}, {"context_parallel_size": 2}
 # each way once, and what changes the way to the same gradient
 CASES: dict[str, dict[str, Any]] = {
@@ -33,6 +35,9 @@ CASES: dict[str, dict[str, Any]] = {
     "data, bfloat16": {"precision": "bf16-mixed"},
     "tensor, bfloat16": TENSOR | {"precision": "bf16-mixed"},
     "context, bfloat16": CONTEXT | {"precision": "bf16-mixed"},
+    "data, whole": WHOLE,
+    "tensor, bfloat16, whole": TENSOR | WHOLE | {"precision": "bf16-mixed"},
+    "context, compiled, whole": CONTEXT | WHOLE | {"compile": True},
 }
 RESUMED: dict[str, dict[str, Any]] = {"data": {}, "tensor": TENSOR, "context": CONTEXT}
 
@@ -101,7 +106,9 @@ def main() -> None:
         with trainer_of(**options) as trainer:
             seen["train"][name] = {"calls": teach(trainer, model), "checkpoint": str(model.checkpoints()[-1])}
             held = sum(parameter.to_local().numel() for parameter in trainer.verbs.policy_module.network.parameters())
-            seen["train"][name] |= {"held": held, "later graphs": later_graphs(trainer, model)}
+            with collectives() as counts:
+                _numbers(trainer, model, 3, max_tokens_per_microbatch=30)
+            seen["train"][name] |= {"held": held, "later graphs": later_graphs(trainer, model), **counts}
     for name, options in RESUMED.items():
         model = model_of(folder, "resumed", name)
         with trainer_of(**options) as trainer:

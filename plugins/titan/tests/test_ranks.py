@@ -83,6 +83,18 @@ def test_batches_of_other_lengths_share_the_graphs(seen, case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_weights_are_gathered_and_gradients_summed_once_for_a_step_where_they_stay_whole(seen, case) -> None:
+    parts = 1 + fitrl_tiny().config.num_hidden_layers
+    for rank in seen["ranks"]:
+        # with tensor parallel no other rank holds pieces of this one's part
+        counts = [rank["train"][case][what] for what in ("gathers", "sums") if what == "sums" or "tensor" not in case]
+        if "whole" in case or ACCELERATOR == "gpu":  # there so small a model does by itself
+            assert set(counts) == {parts}
+        else:
+            assert min(counts) >= 2 * parts
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_each_rank_holds_half_of_the_weights(seen, case) -> None:
     first, second = (rank["train"][case]["held"] for rank in seen["ranks"])
     whole = sum(tensor.numel() for tensor in fitrl_tiny().parameters())

@@ -85,6 +85,11 @@ class Policy:
         return int(self.causal_lm.config.get_text_config().num_hidden_layers)
 
     @property
+    def ranks_per_row(self) -> int:
+        """Ranks that a row's activations are shared out over."""
+        return 1
+
+    @property
     def skips_hidden_keys(self) -> bool:
         """Whether attention over a packed row costs only what is in sight."""
         return skips_hidden_keys(next(self.network.parameters()).device)

@@ -149,9 +149,7 @@ class FSDP2Strategy(PolicyVerbs, ModelParallelStrategy):
         weights = [weight for layer in layers for weight in layer.parameters()]
         gathered_bytes = sum(own_numel(weight) * (narrow or weight.dtype).itemsize for weight in weights)
         gradient_bytes = sum(4 * own_numel(weight) for weight in policy.network.parameters() if weight.requires_grad)
-        self._reshards = self._cuts(gathered_bytes, self.reshard_after_forward)
-        self._syncs = self._cuts(gathered_bytes + gradient_bytes, self.sync_every_microbatch)
-        policy.whole_bytes = (0 if self._reshards else gathered_bytes) + (0 if self._syncs else gradient_bytes)
+        policy.whole_bytes = self._keep_whole(gathered_bytes, gradient_bytes)
         for layer in layers:
             fully_shard(
                 layer,
@@ -168,6 +166,12 @@ class FSDP2Strategy(PolicyVerbs, ModelParallelStrategy):
         root: Any = fully_shard(Root(policy.network), reshard_after_forward=False, **options)
         policy.root = root
         return policy
+
+    def _keep_whole(self, gathered_bytes: int, gradient_bytes: int) -> int:
+        """Decide what stays whole within a step, of layers' weights and of gradients; returns the size of that."""
+        self._reshards = self._cuts(gathered_bytes, self.reshard_after_forward)
+        self._syncs = self._cuts(gathered_bytes + gradient_bytes, self.sync_every_microbatch)
+        return (0 if self._reshards else gathered_bytes) + (0 if self._syncs else gradient_bytes)
 
     def _cuts(self, num_bytes: int, told: bool | None) -> bool:
         """Whether something so large is cut again within a step, the same on every rank."""

@@ -66,5 +66,5 @@ def _fits(module: PolicyModule, device: torch.device) -> int:
     # al. 2022), some in float32; what turns out too large is halved
     kept = {(False, False): 120, (True, False): 52, (False, True): 8, (True, True): 12}
     size = kept[module.compiles, module.activation_checkpointing] * policy.hidden_size * policy.num_layers
-    fits = min(int(0.8 * (free - _HEAD_BYTES) / size), _MOST_TOKENS)
+    fits = min(int(0.8 * (free - _HEAD_BYTES) / size * policy.ranks_per_row), _MOST_TOKENS)
     return min(map(int, ranks.collect(str(max(1, fits)))))  # every rank makes the same plan

@@ -30,9 +30,10 @@ class _CountedOnce(torch.autograd.Function):
 def _gather(stretch: Tensor, group_name: str, dimension: int, adds_up: bool) -> Tensor:
     """A custom operation, because compiled layers have it in their middle."""
     group = _group(group_name)
-    parts = [torch.empty_like(stretch, memory_format=torch.contiguous_format) for _ in range(group.size())]
-    dist.all_gather(parts, stretch.contiguous(), group=group)
-    return torch.cat(parts, dim=dimension)
+    parts = stretch.new_empty((group.size() * len(stretch), *stretch.shape[1:]))
+    dist.all_gather_into_tensor(parts, stretch.contiguous(), group=group)
+    # of a single row, a view
+    return parts.view(group.size(), *stretch.shape).movedim(0, dimension).flatten(dimension, dimension + 1)
 
 
 @_gather.register_fake
@@ -45,10 +46,12 @@ def _(stretch: Tensor, group_name: str, dimension: int, adds_up: bool) -> Tensor
 @custom_op("fitrl_titan::own_stretch", mutates_args=())
 def _own_stretch(whole: Tensor, group_name: str, dimension: int, adds_up: bool) -> Tensor:
     group = _group(group_name)
-    if adds_up:
-        whole = whole.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(whole, group=group)
-    return whole.chunk(group.size(), dim=dimension)[group.rank()].clone(memory_format=torch.contiguous_format)
+    parts = torch.unflatten(whole, dimension, (group.size(), -1)).movedim(dimension, 0)
+    if not adds_up:
+        return parts[group.rank()].clone(memory_format=torch.contiguous_format)
+    own = whole.new_empty(parts.shape[1:])
+    dist.reduce_scatter_tensor(own, parts.flatten(0, 1).contiguous(), group=group)
+    return own
 
 
 @_own_stretch.register_fake

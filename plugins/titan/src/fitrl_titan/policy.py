@@ -51,6 +51,11 @@ class TitanPolicy(Policy):
         return self.titan.parameters()
 
     @property
+    def ranks_per_row(self) -> int:
+        """Ranks that work on the same data: each has a stretch of it, or a part of what is computed from it."""
+        return dist.get_world_size(self.sharing)
+
+    @property
     def context_ranks(self) -> int:
         """Ranks that each hold a stretch of a row."""
         return 1 if self.titan.mesh is None else self.titan.mesh.size()
@@ -110,12 +115,12 @@ class TitanPolicy(Policy):
     def _padded(self, inputs: ModelInputs) -> Tensor:
         """Each history in a row of its own, the padding out of sight behind it."""
         length = inputs.input_ids.shape[1]
-        more = -length % dist.get_world_size(self.sharing)
+        more = -length % self.ranks_per_row
         return self.titan.hidden(pad(inputs.input_ids, (0, more)), None, None)[:, :length].contiguous()
 
     def _multiple(self, device: torch.device) -> int:
         """What the length of a row has to be a multiple of, for the ranks to share it and for the kernels."""
-        return math.lcm(dist.get_world_size(self.sharing), BLOCK * self.context_ranks if device.type == "cuda" else 1)
+        return math.lcm(self.ranks_per_row, BLOCK * self.context_ranks if device.type == "cuda" else 1)
 
     def full_logits_of(self, inputs: ModelInputs) -> Tensor:
         """Logits [B, L, V] of a batch."""

@@ -12,6 +12,7 @@ from torch.torch_version import TorchVersion
 from typing_extensions import override
 
 from fitrl.errors import InvalidArgumentError, MissingDependencyError, UnsupportedError
+from fitrl.policy.layers import decoder_layers
 from fitrl.policy.lending import LentPolicy
 from fitrl.policy.loading import read_weights
 from fitrl.policy.policy import Policy
@@ -45,10 +46,11 @@ class TitanStrategy(FSDP2Strategy):
         context_parallel_size: ranks that share every row.
         selective_checkpointing: where activations are checkpointed, keep what torchtitan finds costly to compute again,
             instead of each layer's input alone.
-        **kwargs: of Lightning's `ModelParallelStrategy`.
+        **kwargs: `reshard_after_forward` and `sync_every_microbatch` of `FSDP2Strategy`, and those of Lightning's
+            `ModelParallelStrategy`.
 
     Raises:
-        InvalidArgumentError: a size below 1.
+        InvalidArgumentError: a size below 1, or `offload`.
         MissingDependencyError: torchtitan is not installed.
     """
 
@@ -72,11 +74,10 @@ class TitanStrategy(FSDP2Strategy):
         for name, size in sizes.items():
             if size < 1:
                 raise InvalidArgumentError(f"{name} must be at least 1, got {size}")
-        for name in ("offload", "reshard_after_forward", "sync_every_microbatch"):
-            if name in kwargs:
-                raise InvalidArgumentError(
-                    f"{name}={kwargs[name]!r}: torchtitan's plans decide where weights lie; fitrl_fsdp2 takes it"
-                )
+        if "offload" in kwargs:
+            raise InvalidArgumentError(
+                f"offload={kwargs['offload']!r}: torchtitan's plans keep weights on the device; fitrl_fsdp2 takes it"
+            )
         try:
             import torchtitan  # noqa: F401
         except ImportError as error:
@@ -130,6 +131,12 @@ class TitanStrategy(FSDP2Strategy):
             self._check_compiler(recomputes=module.activation_checkpointing)
         self._check_sizes(policy)
         recomputed: Literal["selective", "full"] = "selective" if self.selective_checkpointing else "full"
+        layers = [weight for layer in decoder_layers(policy) for weight in layer.parameters()]
+        of_layers, of_all = (
+            sum(weight.numel() for weight in weights) // self.tensor_parallel_size
+            for weights in (layers, policy.network.parameters())
+        )
+        whole_bytes = self._keep_whole(DTYPES[precision].itemsize * of_layers, 4 * of_all)
         titan = TitanNetwork(policy.causal_lm)
         self._copy = LentPolicy(policy)
         titan.build(
@@ -142,6 +149,7 @@ class TitanStrategy(FSDP2Strategy):
             dtype=DTYPES[precision],
             checkpointing=recomputed if module.activation_checkpointing else "none",
             compiles=compiles,
+            reshards=self._reshards,
         )
         return TitanPolicy(
             network=titan.module,
@@ -149,6 +157,7 @@ class TitanStrategy(FSDP2Strategy):
             has_linear_head=True,
             can_pack=True,
             can_share=True,
+            whole_bytes=whole_bytes,
             titan=titan,
             empty=self._copy.policy.causal_lm,
             sharing=self.device_mesh["tensor_parallel"].get_group(),
@@ -212,6 +221,10 @@ class TitanStrategy(FSDP2Strategy):
         held = self._titan.hf_state()
         found = read_weights(self.policy_module.policy, folder, {name: tensor.shape for name, tensor in held.items()})
         self._titan.load_hf({name: like(tensor, held[name]) for name, tensor in found.items()})
+
+    @override
+    def _root(self) -> Any:
+        return self._titan.module
 
     @property
     def _titan(self) -> Any:

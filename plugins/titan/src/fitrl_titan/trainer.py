@@ -24,6 +24,8 @@ class TitanTrainer(LocalTrainer):
             "selective": also keep what torchtitan finds costly to compute again.
         compile: compile the decoder layers; with tensor parallel that needs torch 2.13, and no activation
             checkpointing.
+        reshard_after_forward: see `FSDP2Strategy`; so is the next.
+        sync_every_microbatch: whether gradients are summed after each microbatch, or once for an optimizer step.
         optimizer: AdamW's settings, but for the learning rate.
         lr_schedule: factor on the learning rate, by optimizer steps taken.
         sampler: a sampler to hand the new weights to, instead of the embedded one.
@@ -50,6 +52,8 @@ class TitanTrainer(LocalTrainer):
         context_parallel_size: int = 1,
         activation_checkpointing: bool | Literal["selective"] = False,
         compile: bool = False,
+        reshard_after_forward: bool | None = None,
+        sync_every_microbatch: bool | None = None,
         optimizer: AdamWSettings = AdamWSettings(),  # noqa: B008 - frozen
         lr_schedule: Callable[[int], float] | None = None,
         sampler: Sampler | None = None,
@@ -65,6 +69,8 @@ class TitanTrainer(LocalTrainer):
             tensor_parallel_size=tensor_parallel_size,
             context_parallel_size=context_parallel_size,
             selective_checkpointing=activation_checkpointing == "selective",
+            reshard_after_forward=reshard_after_forward,
+            sync_every_microbatch=sync_every_microbatch,
         )
         super().__init__(
             strategy=strategy,
