@@ -297,7 +297,7 @@ class TitanNetwork:
 
 
 def _keys_and_values(key: Tensor, value: Tensor, dimension: int, group_name: str) -> tuple[Tensor, Tensor]:
-    """Keys and values of all context ranks by one collective; torchtitan's takes two, and does not wait."""
+    """Keys and values of all context ranks by one collective, where torchtitan's takes two."""
     keys, values = gather(torch.cat((key, value), dim=-1), group_name, dimension, adds_up=True).chunk(2, dim=-1)
     return keys, values
 
