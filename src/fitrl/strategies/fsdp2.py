@@ -8,7 +8,7 @@ matrices of a layer, and the vocabulary, are shared out over a second dimension 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ import lightning
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from fitrl import _compat
@@ -111,6 +112,12 @@ class FSDP2Strategy(PolicyVerbs, ModelParallelStrategy):
     def setup_optimizers(self, trainer: lightning.Trainer) -> None:
         self.take_weights_back()  # the optimizer's are the pieces, not what a validation left gathered
         super().setup_optimizers(trainer)
+
+    @override
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        self.take_weights_back()  # what a pass without a gradient has left gathered is old now
+        return output
 
     # -- what PolicyModule asks for -----------------------------------------------------------------------------
 
