@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import Strategy
 
 import fitrl
 from fitrl.testing import (
@@ -22,7 +23,7 @@ from fitrl.testing import (
 )
 
 
-def new_trainer(strategy: str, setup: Setup, **options: Any) -> fitrl.LocalTrainer:
+def new_trainer(strategy: str | Strategy, setup: Setup, **options: Any) -> fitrl.LocalTrainer:
     return fitrl.LocalTrainer(
         strategy=strategy,
         accelerator="cpu",
@@ -38,9 +39,12 @@ def new_trainer(strategy: str, setup: Setup, **options: Any) -> fitrl.LocalTrain
 class Verbs(TrainsContract, ScoresContract, ExportsWeightsContract):
     name: str
 
+    def strategy(self) -> str | Strategy:
+        return self.name
+
     @contextmanager
     def open_subject(self, setup: Setup) -> Iterator[fitrl.PolicyTrainer]:
-        with new_trainer(self.name, setup) as trainer:
+        with new_trainer(self.strategy(), setup) as trainer:
             trainer.open(fitrl.TrainableModel("verbs", "contract", "tiny", lora=None, root=setup.folder))
             trainer.verbs.set_learning_rate(setup.learning_rate)
             yield trainer.verbs

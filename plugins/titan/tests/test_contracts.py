@@ -1,4 +1,4 @@
-"""`fitrl_titan`, on gloo ranks, keeps every contract: alone, over the data, with shared matrices, with shared rows.
+"""`fitrl_titan`, on gloo ranks, keeps every contract: alone, over the data, with shared matrices or rows, or whole weights.
 
 Each way and each kind of contract once; with FITRL_TITAN_ALL=1 each way every contract.
 """
@@ -28,14 +28,15 @@ from fitrl.testing import (
 )
 from fitrl_titan import TitanStrategy, TitanTrainer
 
-WAYS: dict[str, dict[str, int]] = {
+WAYS: dict[str, dict[str, Any]] = {
     "Data": {},
     "Tensor": {"tensor_parallel_size": 2},
     "Context": {"context_parallel_size": 2},
+    "Whole": {"reshard_after_forward": False, "sync_every_microbatch": False},
 }
 EVERYTHING = os.environ.get("FITRL_TITAN_ALL") == "1"
 ACCELERATOR = os.environ.get("FITRL_TEST_ACCELERATOR", "cpu")
-CHOSEN = ("TestFitRLContext", "TestUnderLightningData", "TestVerbsTensor")
+CHOSEN = ("TestFitRLContext", "TestUnderLightningData", "TestVerbsTensor", "TestVerbsWhole")
 
 
 def new_trainer(way: str, setup: Setup, **options: Any) -> TitanTrainer:
