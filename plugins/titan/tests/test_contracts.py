@@ -1,4 +1,4 @@
-"""`fitrl_titan`, on gloo ranks, keeps every contract: alone, over the data, with shared matrices or rows, or whole weights.
+"""`fitrl_titan`, on gloo ranks, keeps every contract: alone, by data, matrices or rows, or with whole weights.
 
 Each way and each kind of contract once; with FITRL_TITAN_ALL=1 each way every contract.
 """
